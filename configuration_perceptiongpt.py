@@ -1,0 +1,189 @@
+"""Configuration of PerceptionGPT, and the special tokens that every part of the package agrees on."""
+
+import math
+
+from transformers import AddedToken, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+IMAGE_TOKEN = "<image>"
+VIS_TOKEN = "<vis>"
+PHRASE_START_TOKEN = "<p>"
+PHRASE_END_TOKEN = "</p>"
+RESERVED_TOKENS = tuple(f"<reserved_{index}>" for index in range(8))
+ADDED_TOKENS = (IMAGE_TOKEN, VIS_TOKEN, PHRASE_START_TOKEN, PHRASE_END_TOKEN, *RESERVED_TOKENS)
+
+
+def add_perception_tokens(tokenizer) -> int:
+    """
+    Adds `ADDED_TOKENS` to a tokenizer as special tokens, each a single id that never eats the blanks around it.
+
+    Returns:
+        `int`: how many of them the tokenizer did not know before.
+    """
+    tokens = [AddedToken(token, normalized=False, lstrip=False, rstrip=False, special=True) for token in ADDED_TOKENS]
+    return tokenizer.add_tokens(tokens, special_tokens=True)
+
+
+class PerceptionGPTBoxConfig(PreTrainedConfig):
+    r"""
+    Sizes and loss weights of the box signal.
+
+    Args:
+        hidden_size (`int`, defaults to 1024): width of the two hidden layers of the box encoder and decoder.
+        l1_weight (`float`, defaults to 5.0): weight of the L1 term, summed over the four coordinates.
+        giou_weight (`float`, defaults to 2.0): weight of the GIoU term.
+        iou_weight (`float`, defaults to 1.0): weight of the squared error of the predicted IoU.
+    """
+
+    model_type = "perceptiongpt_box"
+    base_config_key = "box_config"
+
+    hidden_size: int = 1024
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+    iou_weight: float = 1.0
+
+
+class PerceptionGPTMaskConfig(PreTrainedConfig):
+    r"""
+    Sizes and loss weights of the mask signal.
+
+    Args:
+        size (`int`, *optional*):
+            Side M of the masks that go in and of the mask logits that come out. By default the patch grid doubled
+            until it is at least 128.
+        hidden_size (`int`, defaults to 256): width of the two-way transformer.
+        num_hidden_layers (`int`, defaults to 2): number of two-way blocks.
+        num_attention_heads (`int`, defaults to 8): attention heads of the two-way transformer.
+        mlp_dim (`int`, defaults to 1024): width of the MLPs of the two-way transformer.
+        attention_downsample_rate (`int`, defaults to 2): by how much the cross attentions narrow the width.
+        layer_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norms in the two-way blocks.
+        upscale_channels (`int`, defaults to 32): least width of the upsampled image features.
+        encoder_channels (`list[int]`, defaults to `[32, 64, 64]`): width of each stage of the mask encoder's ResNet.
+        encoder_grid (`int`, defaults to 8): side of the feature map that the encoder's linear layer reads.
+        bce_weight, dice_weight, iou_weight (`float`): weights of the loss terms, each a mean over one mask.
+    """
+
+    model_type = "perceptiongpt_mask"
+    base_config_key = "mask_config"
+
+    size: int | None = None
+    hidden_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    mlp_dim: int = 1024
+    attention_downsample_rate: int = 2
+    layer_norm_eps: float = 1e-6
+    upscale_channels: int = 32
+    encoder_channels: list[int] | tuple[int, ...] = (32, 64, 64)
+    encoder_grid: int = 8
+    bce_weight: float = 2.0
+    dice_weight: float = 2.0
+    iou_weight: float = 1.0
+
+
+class PerceptionGPTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`PerceptionGPTForConditionalGeneration`]. Without arguments: Vicuna-7B and CLIP ViT-L/14-336.
+
+    Args:
+        vision_config, text_config (`PreTrainedConfig` or `dict`, *optional*): the two backbones.
+        box_config, mask_config (`PreTrainedConfig` or `dict`, *optional*): the two signals.
+        image_token_id, vis_token_id, phrase_start_token_id, phrase_end_token_id (`int`):
+            Ids of `<image>`, `<vis>`, `<p>` and `</p>`.
+        reserved_token_ids (`list[int]`): ids of the rows kept for later signals.
+        projector_hidden_act (`str`, defaults to `"gelu"`): activation of the projector.
+        multimodal_projector_bias (`bool`, defaults to `True`): whether the projector has biases.
+        mixture_base_layer (`int`, *optional*):
+            Index (0 = first layer) of the tower layer that both feature mixtures start from exactly; `None` starts
+            from the plain mean of all layers.
+        position_gain (`float`, defaults to 1.0):
+            What the gain of the 2-D position table starts at: 1 for fresh towers, 0 for pretrained ones.
+        mask_image_size (`int`, *optional*):
+            Side in pixels of a second, finer pass of the tower for the mask decoder; `None` shares the one pass.
+        lm_loss_weight (`float`, defaults to 1.0): weight of the language modelling loss (paper, equation 2).
+    """
+
+    model_type = "perceptiongpt"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 336,
+                "projection_dim": 768,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064}),
+        "box_config": PerceptionGPTBoxConfig,
+        "mask_config": PerceptionGPTMaskConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    box_config: dict | PreTrainedConfig | None = None
+    mask_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    vis_token_id: int = 32001
+    phrase_start_token_id: int = 32002
+    phrase_end_token_id: int = 32003
+    reserved_token_ids: list[int] | tuple[int, ...] = tuple(range(32004, 32012))
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    mixture_base_layer: int | None = None
+    position_gain: float = 1.0
+    mask_image_size: int | None = None
+    lm_loss_weight: float = 1.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.reserved_token_ids = list(self.reserved_token_ids)
+        self.mask_config.encoder_channels = list(self.mask_config.encoder_channels)
+        for name, side in (("image_size", self.vision_config.image_size), ("mask_image_size", self.mask_image_size)):
+            if side is not None and (not isinstance(side, int) or side < self.vision_config.patch_size):
+                raise ValueError(f"`{name}` is {side!r}, expected an int of at least one patch of square pictures.")
+        if self.mask_config.size is None:
+            self.mask_config.size = self.mask_grid * 2 ** max(0, math.ceil(math.log2(128 / self.mask_grid)))
+        # Said here rather than at saving time, so that every re-save, of a fine-tuned or merged model too, stays
+        # loadable with `trust_remote_code=True` and keeps `pipeline("perception")`.
+        self.auto_map = {
+            "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
+            "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
+            "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+            "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
+        }
+        self.custom_pipelines = {
+            "perception": {
+                "impl": "pipeline_perceptiongpt.PerceptionPipeline",
+                "pt": ["AutoModelForImageTextToText"],
+                "default": None,
+                "type": "multimodal",
+            }
+        }
+
+    @property
+    def image_grid(self) -> int:
+        """Patches per side of the picture that the language model sees."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of `<image>` tokens per picture."""
+        return self.image_grid**2
+
+    @property
+    def mask_grid(self) -> int:
+        """Patches per side of the features that the mask decoder reads."""
+        return (self.mask_image_size or self.vision_config.image_size) // self.vision_config.patch_size
+
+
+PerceptionGPTConfig.register_for_auto_class()
+
+__all__ = ["PerceptionGPTBoxConfig", "PerceptionGPTConfig", "PerceptionGPTMaskConfig"]

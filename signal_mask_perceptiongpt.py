@@ -1,0 +1,291 @@
+"""
+The mask signal: a mask in, one token embedding out; one hidden state and the picture's features in, mask logits out.
+
+Masks lie on the padded square, at `config.mask_config.size` pixels a side.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .signal_box_perceptiongpt import SignalEmbeddingNorm
+
+
+def sine_position_table(grid: int, width: int, device=None) -> torch.Tensor:
+    """
+    Fixed 2-D position embeddings: the first half of the width tells the row, the second the column.
+
+    Returns:
+        `torch.Tensor` of shape `(grid * grid, width)`, float32, rows of the grid one after the other.
+    """
+    quarter = width // 4
+    frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=device) / max(quarter, 1))
+    # Positions run over a fixed range, so that a finer grid reads the same table at points in between.
+    angles = (torch.arange(grid, dtype=torch.float32, device=device) + 0.5)[:, None] * (64 / grid) * frequencies[None]
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows = line[:, None].expand(grid, grid, -1)
+    columns = line[None].expand(grid, grid, -1)
+    table = torch.cat([rows, columns], dim=-1).reshape(grid * grid, -1)
+    return F.pad(table, (0, width - table.shape[-1]))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group norm, which batches and micro-batches alike leave unchanged."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+        self.norm_1 = nn.GroupNorm(math.gcd(8, out_channels), out_channels)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm_2 = nn.GroupNorm(math.gcd(8, out_channels), out_channels)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = F.relu(self.norm_1(self.conv_1(hidden_states)))
+        return F.relu(self.norm_2(self.conv_2(hidden_states)) + residual)
+
+
+class MaskEncoder(nn.Module):
+    """A small ResNet followed by a linear layer, from a mask to the embedding of its `<vis>` (paper, section 3.1)."""
+
+    def __init__(self, config, text_hidden_size: int, embedding_rms: float):
+        super().__init__()
+        first, *others = config.encoder_channels
+        self.grid = config.encoder_grid
+        self.stem = nn.Conv2d(1, first, 4, stride=4)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(before, after) for before, after in zip([first, *others], others, strict=False)
+        )
+        # The feature map is read with its positions: a mean over it would forget where the mask lies.
+        self.linear = nn.Linear(config.encoder_channels[-1] * self.grid**2, text_hidden_size)
+        self.norm = SignalEmbeddingNorm(text_hidden_size, embedding_rms)
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        """`masks` of shape `(N, M, M)` in 0..1 to float32 embeddings of shape `(N, text_hidden_size)`."""
+        hidden_states = self.stem(masks[:, None].to(self.stem.weight.dtype))
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        hidden_states = F.adaptive_avg_pool2d(hidden_states, self.grid)
+        return self.norm(self.linear(hidden_states.flatten(1)))
+
+
+class TwoWayAttention(nn.Module):
+    """Attention whose queries, keys and values are narrowed by `downsample_rate`."""
+
+    def __init__(self, config, downsample_rate: int = 1):
+        super().__init__()
+        internal_size = config.hidden_size // downsample_rate
+        self.num_heads = config.num_attention_heads
+        if internal_size % self.num_heads:
+            raise ValueError(
+                f"mask_config: {self.num_heads} attention heads do not divide the width {internal_size} "
+                f"(hidden_size {config.hidden_size} / {downsample_rate})."
+            )
+        self.q_proj = nn.Linear(config.hidden_size, internal_size)
+        self.k_proj = nn.Linear(config.hidden_size, internal_size)
+        self.v_proj = nn.Linear(config.hidden_size, internal_size)
+        self.out_proj = nn.Linear(internal_size, config.hidden_size)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        )
+        # Written out: one side always has two tokens, where the fused kernels' backward is slower.
+        weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        return self.out_proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+class TwoWayMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.lin1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.lin2 = nn.Linear(config.mlp_dim, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lin2(F.relu(self.lin1(hidden_states)))
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Tokens attend to themselves and to the picture, then the picture attends to the tokens."""
+
+    def __init__(self, config, is_first: bool):
+        super().__init__()
+        rate = config.attention_downsample_rate
+        self.self_attn = TwoWayAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn_token_to_image = TwoWayAttention(config, rate)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TwoWayMLP(config)
+        self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm4 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn_image_to_token = TwoWayAttention(config, rate)
+        self.is_first = is_first
+
+    def forward(self, queries, keys, query_positions, key_positions):
+        if self.is_first:
+            queries = self.self_attn(queries, queries, queries)
+        else:
+            query = queries + query_positions
+            queries = queries + self.self_attn(query, query, queries)
+        queries = self.layer_norm1(queries)
+        key = keys + key_positions
+        queries = self.layer_norm2(queries + self.cross_attn_token_to_image(queries + query_positions, key, keys))
+        queries = self.layer_norm3(queries + self.mlp(queries))
+        keys = self.layer_norm4(keys + self.cross_attn_image_to_token(key, queries + query_positions, queries))
+        return queries, keys
+
+
+class TwoWayTransformer(nn.Module):
+    """
+    Transformer that lets a few tokens and the cells of a feature map read each other (Segment Anything's mask decoder).
+    Computes what `transformers.models.sam.modeling_sam.SamTwoWayTransformer` computes, on the same weights.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TwoWayAttentionBlock(config, is_first=index == 0) for index in range(config.num_hidden_layers)
+        )
+        self.final_attn_token_to_image = TwoWayAttention(config, config.attention_downsample_rate)
+        self.layer_norm_final_attn = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, tokens: torch.Tensor, image: torch.Tensor, image_positions: torch.Tensor):
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(N, num_tokens, hidden_size)`)
+            image, image_positions (`torch.Tensor` of shape `(N, cells, hidden_size)`)
+
+        Returns:
+            the tokens and the picture after the last block, in the shapes they came in.
+        """
+        queries, keys = tokens, image
+        for layer in self.layers:
+            queries, keys = layer(queries, keys, tokens, image_positions)
+        attended = self.final_attn_token_to_image(queries + tokens, keys + image_positions, keys)
+        return self.layer_norm_final_attn(queries + attended), keys
+
+
+class MaskDecoder(nn.Module):
+    """
+    Predicts a mask and its IoU from the hidden state that predicts a `<vis>` and the features of the picture it speaks
+    of (paper, section 3.1: a two-layer, bidirectional transformer).
+    """
+
+    def __init__(self, config, grid: int, text_hidden_size: int, vision_hidden_size: int):
+        super().__init__()
+        self.grid = grid
+        self.size = config.size
+        width = config.hidden_size
+        self.text_hidden_size = text_hidden_size
+        self.state_proj = nn.Linear(text_hidden_size, width)
+        self.image_norm = nn.LayerNorm(vision_hidden_size)
+        self.image_proj = nn.Linear(vision_hidden_size, width)
+        self.iou_token = nn.Embedding(1, width)
+        self.transformer = TwoWayTransformer(config)
+        self.upscale = nn.ModuleList()
+        self.upscale_norms = nn.ModuleList()
+        channels = width
+        for stage in range(max(0, math.ceil(math.log2(self.size / grid)))):
+            narrower = max(width // 2 ** (stage + 2), config.upscale_channels)
+            self.upscale.append(nn.ConvTranspose2d(channels, narrower, 2, stride=2))
+            self.upscale_norms.append(nn.GroupNorm(1, narrower))
+            channels = narrower
+        self.hyper_1 = nn.Linear(width, width)
+        self.hyper_2 = nn.Linear(width, channels + 1)
+        self.iou_head = nn.Linear(width, 1)
+
+    def forward(self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor):
+        """
+        Args:
+            states (`torch.Tensor` of shape `(N, text_hidden_size)`): final-norm hidden states.
+            image_features (`torch.Tensor` of shape `(images, grid * grid, vision_hidden_size)`)
+            image_index (`torch.Tensor` of shape `(N,)`, int64): the picture each state speaks of, -1 for none.
+
+        Returns:
+            float32 logits of shape `(N, size, size)` on the padded square and predicted IoU of shape `(N,)` in 0..1.
+        """
+        dtype = self.state_proj.weight.dtype
+        states = F.layer_norm(states.float(), (self.text_hidden_size,)).to(dtype)
+        # Projected once a picture, then handed to each of its states; the row of zeros at the end stands for no picture.
+        image = F.pad(self.image_proj(self.image_norm(image_features.to(dtype))), (0, 0, 0, 0, 0, 1))[image_index]
+        positions = sine_position_table(self.grid, image.shape[-1], image.device).to(dtype)
+        iou_token = self.iou_token(torch.zeros(len(states), dtype=torch.long, device=states.device))
+        tokens = torch.stack([iou_token, self.state_proj(states)], dim=1)
+        tokens, image = self.transformer(tokens, image, positions[None])
+        cells = image.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
+        for conv, norm in zip(self.upscale, self.upscale_norms, strict=True):
+            cells = F.gelu(norm(conv(cells)))
+        kernel = self.hyper_2(F.gelu(self.hyper_1(tokens[:, 1]))).float()
+        logits = torch.einsum("nc,nchw->nhw", kernel[:, :-1], cells.float()) * (kernel.shape[-1] - 1) ** -0.5
+        logits = logits + kernel[:, -1, None, None]
+        if logits.shape[-1] != self.size:
+            logits = F.interpolate(logits[:, None], size=self.size, mode="bilinear", align_corners=False)[:, 0]
+        return logits, self.iou_head(tokens[:, 0]).float().squeeze(-1).sigmoid()
+
+
+def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of `logits > 0` with binary `targets`, `(N, M, M)` each, of shape `(N,)`; 1 where both are empty."""
+    predicted, targets = logits > 0, targets > 0.5
+    intersection = (predicted & targets).flatten(1).sum(1).float()
+    union = (predicted | targets).flatten(1).sum(1).float()
+    return torch.where(union > 0, intersection / union.clamp(min=1), torch.ones_like(union))
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - Dice coefficient of each mask by itself, `(N, M, M)` to `(N,)`; 1 is added above and below the line."""
+    probabilities, targets = logits.sigmoid().flatten(1), targets.flatten(1)
+    overlap = (probabilities * targets).sum(1)
+    return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)
+
+
+class MaskSignal:
+    """The functions that every signal file has; the modules they run are attributes of the model."""
+
+    values_name = "masks"
+
+    @staticmethod
+    def build_modules(config, embedding_rms: float) -> dict[str, nn.Module]:
+        """The modules of this signal, by the attribute names they get on the model."""
+        width = config.text_config.hidden_size
+        return {
+            "mask_encoder": MaskEncoder(config.mask_config, width, embedding_rms),
+            "mask_decoder": MaskDecoder(config.mask_config, config.mask_grid, width, config.vision_config.hidden_size),
+        }
+
+    @staticmethod
+    def encode(model, values: torch.Tensor) -> torch.Tensor:
+        """Masks `(N, M, M)` to float32 embeddings `(N, hidden)`."""
+        return model.mask_encoder(values)
+
+    @staticmethod
+    def decode(model, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor):
+        """States `(N, hidden)` to mask logits `(N, M, M)` and predicted IoU `(N,)`."""
+        return model.mask_decoder(states, image_features, image_index)
+
+    @staticmethod
+    def loss(config, predictions: torch.Tensor, predicted_iou: torch.Tensor, targets: torch.Tensor):
+        """
+        Per mask: binary cross-entropy + Dice (paper, section 3.2), and the squared error of the predicted IoU; both of
+        shape `(N,)`.
+        """
+        targets = targets.to(predictions.dtype)
+        bce = F.binary_cross_entropy_with_logits(predictions, targets, reduction="none").flatten(1).mean(1)
+        weights = config.mask_config
+        signal_loss = weights.bce_weight * bce + weights.dice_weight * dice_loss(predictions, targets)
+        iou = mask_iou(predictions.detach(), targets)
+        return signal_loss, weights.iou_weight * (predicted_iou - iou).square()
+
+    @staticmethod
+    def pad(config, batch_size: int, slots: int, device) -> torch.Tensor:
+        """Values that say nothing: empty masks, `(batch_size, slots, M, M)` uint8."""
+        size = config.mask_config.size
+        return torch.zeros(batch_size, slots, size, size, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def to_result(values: torch.Tensor, predicted_iou: torch.Tensor, probability: torch.Tensor) -> dict:
+        """What `generate` adds to its output: logits `(S, K, M, M)` and scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
+        return {"mask_logits": values, "object_mask_scores": probability * predicted_iou}
