@@ -107,23 +107,23 @@ class FeatureMixture(nn.Module):
     """
     Learned mixture of all layers of the vision tower, `V = sum_i softmax(a)_i V_i` (paper, equation 1).
 
-    With `base_layer` the mixture starts exactly at that layer and a gate, 0 at first, lets the softmax in: one logit
+    With `initial_layer` the mixture starts exactly at that layer and a gate, 0 at first, lets the softmax in: one logit
     alone would have to be so large that its softmax passes no gradient to the others.
     """
 
-    def __init__(self, num_layers: int, base_layer: int | None = None):
+    def __init__(self, num_layers: int, initial_layer: int | None = None):
         super().__init__()
-        self.base_layer = base_layer
+        self.initial_layer = initial_layer
         self.logits = nn.Parameter(torch.zeros(num_layers))
-        if base_layer is not None:
+        if initial_layer is not None:
             self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """`layers`: n tensors `(images, cells, width)`. A running sum: the layers are never stacked."""
         weights = self.logits.float().softmax(0)
-        if self.base_layer is not None:
+        if self.initial_layer is not None:
             base = torch.zeros_like(weights)
-            base[self.base_layer] = 1.0
+            base[self.initial_layer] = 1.0
             weights = base + self.gate.float() * (weights - base)
         weights = weights.to(layers[0].dtype)
         mixture = weights[0] * layers[0]
@@ -190,9 +190,9 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
             init.constant_(module.gain, module.initial_gain)
         elif isinstance(module, FeatureMixture):
             init.zeros_(module.logits)
-            if module.base_layer is not None:
+            if module.initial_layer is not None:
                 init.zeros_(module.gate)
-                one_hot = torch.arange(len(module.logits), device=module.logits.device) == module.base_layer
+                one_hot = torch.arange(len(module.logits), device=module.logits.device) == module.initial_layer
                 init.copy_(module.logits, 6.0 * one_hot)
 
 
@@ -721,9 +721,9 @@ class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, Percep
                 f"{llava} concatenates the tower layers {layer}: expected a single `vision_feature_layer`."
             )
         # LLaVA counts the embeddings as layer 0, the mixtures start with the output of the first layer.
-        base_layer = (layer if layer >= 0 else num_layers + 1 + layer) - 1
+        initial_layer = (layer if layer >= 0 else num_layers + 1 + layer) - 1
         config_kwargs = {
-            "mixture_base_layer": base_layer,
+            "mixture_base_layer": initial_layer,
             "projector_hidden_act": config.projector_hidden_act,
             "multimodal_projector_bias": config.multimodal_projector_bias,
             "image_token_id": config.image_token_id,

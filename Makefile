@@ -1,0 +1,27 @@
+# `make demo` and `make test` need Python 3.11 or newer and make. The first run installs into .venv, later ones re-use it.
+PYTHON ?= python3
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: install demo test test-slow lint
+
+install: .venv/.installed
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	@echo 'Installing into .venv: a minute or two, the first time.'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,demo,dev]'
+	@touch $@
+
+demo: install
+	.venv/bin/python demo.py --output outputs/demo
+
+test: install
+	.venv/bin/python -m pytest -m 'not slow'
+
+test-slow: install
+	.venv/bin/python -m pytest -m slow
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
