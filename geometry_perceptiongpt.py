@@ -1,0 +1,290 @@
+"""
+Between the pixels of a picture and the padded square that the model sees.
+
+Outside, boxes are absolute xyxy pixels of the original picture and masks have its size. Inside, boxes are xyxy in 0..1
+of the padded square and masks are grids over it. The square is what `LlavaImageProcessor(do_pad=True)` makes: its side
+is the longer side of the picture, which lies in the centre. A pixel is the unit square from its index to the next.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+try:
+    from pycocotools import mask as coco_mask
+except ImportError:  # only polygons that come in and RLE that goes out need it
+    coco_mask = None
+
+OVERHANG = 1.0  # pixels by which an annotation may leave its picture: rounding, not a mistake
+
+
+def letterbox(height: int, width: int) -> tuple[int, int, int]:
+    """Side of the padded square in pixels, and the rows above and columns left of a `(height, width)` picture in it."""
+    side = max(height, width)
+    return side, (side - height) // 2, (side - width) // 2
+
+
+def boxes_to_square(boxes, height: int, width: int) -> torch.Tensor:
+    """
+    Moves boxes into the padded square.
+
+    Args:
+        boxes (`torch.Tensor`, array or list of shape `(..., 4)`): xyxy, pixels of a `(height, width)` picture.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32: xyxy in 0..1 of the padded square.
+    """
+    side, top, left = letterbox(height, width)
+    boxes = torch.as_tensor(boxes, dtype=torch.float64)
+    return ((boxes + boxes.new_tensor([left, top, left, top])) / side).float()
+
+
+def boxes_from_square(boxes, height: int, width: int) -> torch.Tensor:
+    """The inverse of [`boxes_to_square`], float32 pixels; what lies in the padding is clipped to the picture."""
+    side, top, left = letterbox(height, width)
+    boxes = torch.as_tensor(boxes, dtype=torch.float64)
+    pixels = boxes * side - boxes.new_tensor([left, top, left, top])
+    return pixels.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height])).float()
+
+
+def _overlaps(cells: int, side: int, offset: int, length: int) -> np.ndarray:
+    """Share of each of `cells` along the square that each of `length` pixels after `offset` covers: (cells, length)."""
+    edges = np.arange(cells + 1) * (side / cells) - offset
+    pixels = np.arange(length)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (covered.clip(min=0) * (cells / side)).astype(np.float32)
+
+
+def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:
+    """
+    Resamples a mask to a grid over the padded square: a cell is lit where the mask covers at least half of it.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool.
+        size (`int`): side M of the grid.
+
+    Returns:
+        `np.ndarray` of shape `(M, M)`, uint8. The best covered cell of a mask that is not empty is always lit.
+    """
+    height, width = mask.shape
+    side, top, left = letterbox(height, width)
+    rows, columns = _overlaps(size, side, top, height), _overlaps(size, side, left, width)
+    coverage = rows @ mask.astype(np.float32) @ columns.T
+    # A little below one half, so that cells which are covered by exactly a half do not depend on rounding.
+    threshold = min(0.4999, float(coverage.max()))
+    return ((coverage >= threshold) & (coverage > 0)).astype(np.uint8)
+
+
+def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Samples grids over the padded square at the pixel centres of the picture, bilinearly.
+
+    Args:
+        mask_logits (`torch.Tensor` of shape `(N, h, w)`): grids over the padded square.
+
+    Returns:
+        `torch.Tensor` of shape `(N, height, width)`, float32.
+    """
+    if len(mask_logits) == 0:
+        return mask_logits.new_zeros((0, height, width), dtype=torch.float32)
+    side, top, left = letterbox(height, width)
+    device = mask_logits.device
+    y = (torch.arange(height, device=device) + (top + 0.5)) * (2 / side) - 1
+    x = (torch.arange(width, device=device) + (left + 0.5)) * (2 / side) - 1
+    points = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+    return F.grid_sample(mask_logits[None].float(), points[None], padding_mode="border", align_corners=False)[0]
+
+
+def clip_box(box, height: int, width: int) -> list[float]:
+    """
+    Checks one box and clips what overhangs a `(height, width)` picture by at most one pixel.
+
+    Returns:
+        `list[float]`: xyxy pixels inside the picture.
+
+    Raises:
+        ValueError: not four finite numbers with x0 < x1 and y0 < y1, or further outside the picture.
+    """
+    expected = f"expected [x0, y0, x1, y1] in pixels with x0 < x1 <= {width} and y0 < y1 <= {height}"
+    try:
+        values = [float(value) for value in box]
+    except (TypeError, ValueError):
+        raise ValueError(f"box {box!r} is not a list of numbers; {expected}") from None
+    if len(values) != 4:
+        raise ValueError(f"box {values} has {len(values)} values; {expected}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"box {values} is not finite; {expected}")
+    x0, y0, x1, y1 = values
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"box {values} is inverted; {expected}")
+    if x0 < -OVERHANG or y0 < -OVERHANG or x1 > width + OVERHANG or y1 > height + OVERHANG:
+        raise ValueError(f"box {values} lies outside its picture of {width} x {height} pixels; {expected}")
+    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise ValueError(f"box {values} has no area inside its picture; {expected}")
+    return clipped
+
+
+def tight_box(mask: np.ndarray) -> list[float]:
+    """The smallest box, xyxy pixels, around a `(height, width)` bool mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
+
+
+def decode_mask(mask, height: int, width: int) -> np.ndarray:
+    """
+    Reads a mask of a `(height, width)` picture in any of the forms that users have.
+
+    Args:
+        mask: an array, tensor or PIL image of the picture's size (not zero = inside); a COCO RLE `{"size": [height,
+            width], "counts": str | bytes | list[int]}`; or a list of polygons `[x0, y0, x1, y1, ...]` in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, bool, not empty.
+
+    Raises:
+        ValueError: another size, nothing inside, a broken RLE, a polygon of fewer than three points.
+        ImportError: polygons without pycocotools.
+    """
+    if isinstance(mask, dict):
+        decoded = _decode_rle(mask, height, width)
+    elif isinstance(mask, (list, tuple)):
+        decoded = _decode_polygons(mask, height, width)
+    else:
+        if hasattr(mask, "getbands") and len(mask.getbands()) > 1:
+            mask = mask.convert("L")
+        decoded = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
+        if decoded.dtype.kind not in "buif":
+            raise ValueError(
+                f"mask is a {type(mask).__name__}; expected an array, a PIL image, a COCO RLE or a list of polygons"
+            )
+        if decoded.shape != (height, width):
+            raise ValueError(f"mask has the shape {decoded.shape}; expected (height, width) = {(height, width)}")
+        if decoded.dtype.kind == "f" and not np.isin(decoded, (0, 1)).all():
+            raise ValueError("mask holds floats other than 0 and 1; expected a bool array, so apply a threshold first")
+        decoded = decoded != 0
+    if not decoded.any():
+        raise ValueError(f"mask is empty; expected at least one of {height} x {width} pixels inside")
+    return decoded
+
+
+def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
+    size, counts = rle.get("size"), rle.get("counts")
+    if np.shape(size) != (2,) or list(size) != [height, width]:
+        raise ValueError(f"RLE mask has the size {size}; expected [height, width] = {[height, width]}")
+    runs = rle_runs(counts) if isinstance(counts, (str, bytes)) else counts
+    is_list = isinstance(runs, (list, tuple, np.ndarray))
+    if not is_list or not all(isinstance(run, (int, np.integer)) and run >= 0 for run in runs):
+        raise ValueError(f"RLE counts {str(counts)[:60]!r} are not run lengths")
+    total = sum(map(int, runs))
+    if total != height * width:
+        raise ValueError(f"RLE run lengths sum up to {total}; expected {height} x {width} = {height * width}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def rle_runs(counts: str | bytes) -> list[int]:
+    """
+    The run lengths in a compressed COCO RLE string: base-32 digits, lowest first, each the difference from the run two
+    before. Written out because pycocotools reads and writes past its buffers when runs do not fill the picture.
+
+    Raises:
+        ValueError: the string is no such string.
+    """
+    codes = counts.encode("latin-1", "replace") if isinstance(counts, str) else counts
+    runs, value, shift = [], 0, 0
+    for code in codes:
+        digit = code - 48
+        if not 0 <= digit < 64 or shift > 60:
+            raise ValueError(f"RLE string {str(counts)[:60]!r} is broken at {chr(code)!r}")
+        value |= (digit & 0x1F) << shift
+        shift += 5
+        if not digit & 0x20:
+            if digit & 0x10:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(f"RLE string {str(counts)[:60]!r} ends too early")
+    return runs
+
+
+def _decode_polygons(polygons: list | tuple, height: int, width: int) -> np.ndarray:
+    flat_polygons = []
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon)
+            if points.dtype.kind not in "uif":
+                raise TypeError  # rows of bools are a mask written as a list, not points
+            points = points.astype(np.float64).reshape(-1, 2)
+        except (TypeError, ValueError):
+            raise ValueError(f"polygon {str(polygon)[:60]} is not numbers [x0, y0, x1, y1, ...]") from None
+        if len(points) < 3:
+            raise ValueError(f"polygon {str(polygon)[:60]} has {len(points)} points; expected at least 3")
+        if not ((points >= -OVERHANG) & (points <= np.array([width, height]) + OVERHANG)).all():  # NaN too
+            raise ValueError(f"polygon {str(polygon)[:60]} lies outside its picture of {width} x {height} pixels")
+        flat_polygons.append(points.clip(0, [width, height]).ravel().tolist())
+    if not flat_polygons:
+        raise ValueError("mask is a list without polygons")
+    _require_pycocotools()
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat_polygons, height, width))).astype(bool)
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """A `(height, width)` bool mask as compressed COCO RLE, `{"size": [height, width], "counts": str}`."""
+    _require_pycocotools()
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def _require_pycocotools() -> None:
+    if coco_mask is None:
+        raise ImportError("polygons and RLE need pycocotools: pip install pycocotools")
+
+
+def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
+    """
+    The outer outlines of a mask along its pixels' edges, so that drawing them gives the mask back, its holes filled.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool.
+
+    Returns:
+        `list[list[float]]`: COCO polygons `[x0, y0, x1, y1, ...]` in pixels, one per part, clockwise.
+    """
+    padded = np.pad(np.asarray(mask, dtype=bool), 1)
+    inside = padded[1:-1, 1:-1]
+    # Walking a part clockwise: the direction along each kind of edge, where it is open, the pixel corner it starts at.
+    edges = (
+        ((1, 0), inside & ~padded[:-2, 1:-1], (0, 0)),
+        ((0, 1), inside & ~padded[1:-1, 2:], (1, 0)),
+        ((-1, 0), inside & ~padded[2:, 1:-1], (1, 1)),
+        ((0, -1), inside & ~padded[1:-1, :-2], (0, 1)),
+    )
+    leaving: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for step, is_open, (dx, dy) in edges:
+        for y, x in np.argwhere(is_open).tolist():
+            leaving.setdefault((x + dx, y + dy), []).append(step)
+    polygons = []
+    while leaving:
+        start = corner = next(iter(leaving))
+        step, ring, area = None, [], 0
+        while True:
+            steps = leaving.get(corner, [])
+            right_turn = step and (-step[1], step[0])  # where parts touch at a corner, this one is followed
+            if corner == start and step and right_turn not in steps:
+                break
+            following = right_turn if right_turn in steps else steps[0]
+            steps.remove(following)
+            if not steps:
+                del leaving[corner]
+            if following != step:
+                ring += map(float, corner)
+            step = following
+            area += corner[0] * step[1] - corner[1] * step[0]
+            corner = (corner[0] + step[0], corner[1] + step[1])
+        if area > 0:  # holes are walked the other way round
+            polygons.append(ring)
+    return polygons

@@ -1,0 +1,630 @@
+"""Pictures, text, boxes and masks into tensors, and what the model generated back into objects in pixels."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
+
+from .configuration_perceptiongpt import (
+    IMAGE_TOKEN,
+    PHRASE_END_TOKEN,
+    PHRASE_START_TOKEN,
+    RESERVED_TOKENS,
+    VIS_TOKEN,
+    add_perception_tokens,
+)
+from .geometry_perceptiongpt import (
+    boxes_from_square,
+    boxes_to_square,
+    clip_box,
+    decode_mask,
+    encode_rle,
+    mask_to_polygons,
+    mask_to_square,
+    sample_mask_logits,
+    tight_box,
+)
+
+
+if TYPE_CHECKING:
+    # Named so that `save_pretrained` copies the file of `pipeline("perception")` beside this one.
+    from .pipeline_perceptiongpt import PerceptionPipeline  # noqa: F401
+
+SIGNAL_NAMES = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read")
+SIGNAL_TYPES = ("box", "mask", "region")
+TIGHT = "tight"
+MASK_FORMATS = ("bool", "rle", "polygons", None)
+
+# For tokenizers that bring no template of their own. An answer starts right after the line break, so that the state
+# that ends a prompt is the one that predicts the `<vis>` of a direct task.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- message['role'] + ':\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] + (eos_token or '') }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'assistant:\\n' }}
+{%- endif %}
+"""
+
+
+class PerceptionBatch(BatchFeature):
+    """A `BatchFeature` whose box coordinates stay float32 when it is cast: bfloat16 boxes are bins of pixels."""
+
+    def to(self, *args, **kwargs) -> "PerceptionBatch":
+        names = [name for name in ("boxes", "boxes_noise") if isinstance(self.data.get(name), torch.Tensor)]
+        coordinates = {name: self.data[name] for name in names}
+        super().to(*args, **kwargs)
+        for name, value in coordinates.items():
+            self.data[name] = value.to(self.data[name].device)
+        return self
+
+
+class PerceptionGPTProcessor(ProcessorMixin):
+    r"""
+    Joins an image processor that pads to the square with a tokenizer that knows `<image>`, `<vis>`, `<p>` and `</p>`.
+
+    Args:
+        image_processor (`LlavaImageProcessor`): with `do_pad=True`, without centre crop, resizing to a square.
+        tokenizer (`PreTrainedTokenizerBase`): after `add_perception_tokens`.
+        chat_template (`str`, *optional*): by default the tokenizer's own, else `CHAT_TEMPLATE`.
+        image_seq_length (`int`): number of `<image>` tokens per picture, `config.image_seq_length`.
+        mask_size (`int`): side M of the masks that go in, `config.mask_config.size`.
+        mask_image_size (`int`, *optional*): side in pixels of `mask_pixel_values`, `config.mask_image_size`.
+    """
+
+    text_kwargs = {"padding": True}
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_seq_length: int = 576,
+        mask_size: int = 192,
+        mask_image_size: int | None = None,
+    ):
+        self.image_seq_length = image_seq_length
+        self.mask_size = mask_size
+        self.mask_image_size = mask_image_size
+        self.image_token, self.vis_token = IMAGE_TOKEN, VIS_TOKEN
+        tokens = [IMAGE_TOKEN, VIS_TOKEN, PHRASE_START_TOKEN, PHRASE_END_TOKEN]
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        if None in ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"The tokenizer does not know all of {tokens}; call `add_perception_tokens` on it first.")
+        self.image_token_id, self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id = ids
+        chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_backbones(cls, vision: str, text: str, config) -> "PerceptionGPTProcessor":
+        """
+        The processor of a new model over two backbones.
+
+        Args:
+            vision (`str`): folder or id of the vision backbone; its mean and standard deviation are taken, CLIP's if
+                it comes without an image processor.
+            text (`str`): folder or id of the language model; its tokenizer gets the new tokens and pads left. One
+                without a padding token pads with its unknown token, else with its end token, else a reserved one:
+                what is padding is told by the attention mask alone.
+            config (`PerceptionGPTConfig`): gives every size.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(text, padding_side="left")
+        add_perception_tokens(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or RESERVED_TOKENS[-1]
+        try:
+            normalization, _ = ImageProcessingMixin.get_image_processor_dict(vision)
+        except OSError:
+            normalization = {}
+        side = config.vision_config.image_size
+        image_processor = LlavaImageProcessorPil(
+            do_pad=True,
+            do_center_crop=False,
+            size={"height": side, "width": side},
+            image_mean=normalization.get("image_mean", OPENAI_CLIP_MEAN),
+            image_std=normalization.get("image_std", OPENAI_CLIP_STD),
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            image_seq_length=config.image_seq_length,
+            mask_size=config.mask_config.size,
+            mask_image_size=config.mask_image_size,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        finer = ["mask_pixel_values"] if self.mask_image_size else []
+        return [*super().model_input_names, *finer, *SIGNAL_NAMES]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.image_seq_length
+
+    def __call__(
+        self, images=None, text=None, boxes=None, masks=None, signal_image_index=None, **kwargs
+    ) -> PerceptionBatch:
+        """
+        Args:
+            images: the pictures, a list per text or all in reading order: PIL images, arrays, paths or URLs.
+            text (`str` or `list[str]`): with one `<image>` where each picture and one `<vis>` where each signal stands.
+            boxes (`list[list]`, *optional*): per text one entry per `<vis>`: xyxy in pixels of its original picture,
+                `"tight"` for the tight box of its mask, or `None` where it carries no box.
+            masks (`list[list]`, *optional*): likewise: whatever [`decode_mask`] reads, or `None`.
+            signal_image_index (`list[list[int | None]]`, *optional*): per `<vis>` the index of its picture in its row;
+                by default the last one before it.
+            kwargs: for the image processor and the tokenizer, such as `return_tensors="pt"`.
+
+        Returns:
+            [`PerceptionBatch`]: `input_ids`, `attention_mask`, `pixel_values` and `mask_pixel_values` where they
+            apply; always `boxes` `(B, K, 4)` float32 xyxy in 0..1 of the padded square, `masks` `(B, K, M, M)` uint8
+            on that square, `boxes_valid`, `masks_valid`, `boxes_read`, `masks_read` `(B, K)` bool; and
+            `signal_image_index` `(B, K)` if it was given.
+
+        Raises:
+            ValueError: naming the sample, whatever is wrong with a picture, a box or a mask, or their number.
+        """
+        if text is None:
+            raise ValueError("The processor needs `text`; for pictures alone call `processor.image_processor`.")
+        texts = [text] if isinstance(text, str) else list(text)
+        image_rows = self._load_images(images, texts)
+        signals = self._signals(texts, image_rows, boxes, masks, signal_image_index)
+        flat_images = [image for row in image_rows for image in row] or None
+        data = super().__call__(images=flat_images, text=texts, **kwargs).data
+        for sample, (ids, one_text) in enumerate(zip(data["input_ids"], texts, strict=True)):
+            found, expected = int((np.asarray(ids) == self.vis_token_id).sum()), one_text.count(VIS_TOKEN)
+            if found != expected:
+                raise ValueError(f"sample {sample}: {found} of {expected} {VIS_TOKEN} are left; truncate less")
+        return_tensors = _tensor_type(data["input_ids"])
+        if self.mask_image_size and flat_images:
+            size = {"height": self.mask_image_size, "width": self.mask_image_size}
+            finer = self.image_processor(flat_images, size=size, return_tensors=return_tensors)
+            data["mask_pixel_values"] = finer["pixel_values"]
+        return PerceptionBatch(
+            {**data, **signals}, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
+        )
+
+    def _load_images(self, images, texts: list[str]) -> list[list[Image.Image]]:
+        """The pictures of each text, upright and RGB."""
+        counts = [text.count(IMAGE_TOKEN) for text in texts]
+        if images is None:
+            rows = [[] for _ in texts]
+        elif isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
+            rows = images
+        else:
+            flat = list(images) if isinstance(images, (list, tuple)) else [images]
+            if len(flat) != sum(counts):
+                raise ValueError(f"{len(flat)} images were given for {sum(counts)} {IMAGE_TOKEN} in the text")
+            ends = np.cumsum(counts)
+            rows = [flat[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        if len(rows) != len(texts):
+            raise ValueError(f"`images` holds {len(rows)} lists for {len(texts)} texts")
+        for sample, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            if len(row) != count:
+                raise ValueError(f"sample {sample}: {len(row)} images were given for {count} {IMAGE_TOKEN} in the text")
+        loaded = [
+            [self.load_image(image, f"sample {sample}, image {index}") for index, image in enumerate(row)]
+            for sample, row in enumerate(rows)
+        ]
+        return loaded
+
+    def load_image(self, image, name: str = "image") -> Image.Image:
+        """
+        A picture as the model sees it before padding: turned upright (EXIF), RGB, transparency on white.
+
+        Args:
+            image: PIL image, array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`, path, URL or data URI.
+            name (`str`): what errors call it.
+
+        Raises:
+            ValueError: there is no such file, it is no readable picture, or it is too thin to survive resizing.
+        """
+        source = str(image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", ""))
+        name = f"{name} ({source[:200]})" if source else name
+        try:
+            if isinstance(image, (np.ndarray, torch.Tensor)):
+                image = _array_to_image(image)
+            elif isinstance(image, Image.Image):
+                image = _to_rgb(image)
+            elif not source:
+                raise TypeError(f"{type(image).__name__} is not a PIL image, an array, a path or a URL")
+            elif source.startswith(("http://", "https://", "data:image/")):
+                image = load_image(source)
+            else:
+                with Image.open(source) as opened:
+                    image = _to_rgb(opened)
+        except Exception as error:  # decoders of broken files raise nearly anything
+            raise ValueError(f"{name}: cannot be read as a picture: {type(error).__name__}: {error}") from error
+        side = self.image_processor.size["height"]
+        if min(image.size) * side < max(image.size):
+            raise ValueError(
+                f"{name}: {image.width} x {image.height} pixels are too thin, resized to {side} pixels its shorter "
+                f"side is below one pixel; expected a ratio of at most {side}"
+            )
+        return image
+
+    def _signals(self, texts, image_rows, boxes, masks, signal_image_index) -> dict[str, np.ndarray]:
+        """The six signal tensors, and `signal_image_index` if it was given, as arrays."""
+        counts = [text.count(VIS_TOKEN) for text in texts]
+        columns = {"boxes": boxes, "masks": masks, "signal_image_index": signal_image_index}
+        for name, rows in columns.items():
+            if rows is None:
+                columns[name] = rows = [[None] * count for count in counts]
+            if len(rows) != len(texts):
+                raise ValueError(f"`{name}` holds {len(rows)} lists for {len(texts)} texts; expected one per text")
+            for sample, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if len(row) != count:
+                    raise ValueError(f"sample {sample}: {len(row)} {name} for {count} {VIS_TOKEN} in the text")
+        shape, size = (len(texts), max(counts, default=0)), self.mask_size
+        signals = {
+            "boxes": np.zeros((*shape, 4), dtype=np.float32),
+            "masks": np.zeros((*shape, size, size), dtype=np.uint8),
+            "boxes_valid": np.zeros(shape, dtype=bool),
+            "masks_valid": np.zeros(shape, dtype=bool),
+        }
+        indices = np.zeros(shape, dtype=np.int64)
+        for sample, text in enumerate(texts):
+            images = image_rows[sample]
+            markers = re.findall(f"{IMAGE_TOKEN}|{VIS_TOKEN}", text)
+            before = [markers[:at].count(IMAGE_TOKEN) - 1 for at, token in enumerate(markers) if token == VIS_TOKEN]
+            for slot, last in enumerate(before):
+                box, mask, index = (columns[name][sample][slot] for name in columns)
+                try:
+                    height, width = self._size_of_slot(images, last if index is None else index)
+                    if box is None and mask is None:
+                        raise ValueError("carries neither a box nor a mask; expected at least one")
+                    if mask is not None:
+                        mask = decode_mask(mask, height, width)
+                        signals["masks"][sample, slot] = mask_to_square(mask, size)
+                        signals["masks_valid"][sample, slot] = True
+                    if isinstance(box, str) and box == TIGHT and mask is not None:
+                        box = tight_box(mask)
+                    if box is not None:
+                        box = clip_box(box, height, width)
+                        signals["boxes"][sample, slot] = boxes_to_square(box, height, width)
+                        signals["boxes_valid"][sample, slot] = True
+                except ValueError as error:
+                    raise ValueError(f"sample {sample}, {VIS_TOKEN} {slot}: {error}") from error
+                indices[sample, slot] = last if index is None else index
+        signals["boxes_read"] = signals["boxes_valid"].copy()
+        signals["masks_read"] = signals["masks_valid"].copy()
+        if any(index is not None for row in columns["signal_image_index"] for index in row):
+            signals["signal_image_index"] = indices
+        return signals
+
+    @staticmethod
+    def _size_of_slot(images: list[Image.Image], index: int) -> tuple[int, int]:
+        if not images:
+            raise ValueError("a signal in a row without an image; expected an image before it")
+        if index == -1:
+            raise ValueError('stands before the first image of its row; move it, or say "image": n')
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(images):
+            raise ValueError(f"belongs to image {index!r}, but its row has the images 0 to {len(images) - 1}")
+        return images[index].height, images[index].width
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """
+        As in the library, with signals in the content.
+
+        Contents are strings or lists of `{"type": "image", "image": ..}`, `{"type": "text", "text": ..}`,
+        `{"type": "box", "box": [x0, y0, x1, y1]}`, `{"type": "mask", "mask": ..}` and
+        `{"type": "region", "box": .., "mask": ..}`, in every role. A signal belongs to the last image before it unless
+        it says `"image": n`. In the assistant's turns a mask without a box gets its tight box. Lists are joined to
+        one string, with nothing in between, before the template sees them. Where a template knows
+        `enable_thinking`, it is off unless asked for.
+
+        Returns:
+            What [`__call__`] does, and with `return_assistant_tokens_mask=True` also `assistant_masks` `(B, L)`: 1 on
+            the tokens of the assistant's turns, their end-of-turn tokens included.
+
+        Raises:
+            ValueError: `<image>` or `<vis>` inside a text, a malformed content item, a row whose assistant turns leave
+                no token in the mask, a template whose answers cannot be told from their prompts.
+        """
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError(f"`sanitize_control_tokens` would take {IMAGE_TOKEN} and {VIS_TOKEN} out of their places.")
+        template = self._resolve_chat_template(chat_template)
+        if "enable_thinking" in template:
+            kwargs.setdefault("enable_thinking", False)
+        if len(conversation) == 0:
+            raise ValueError("The conversation is empty; expected at least one message.")
+        conversations, is_batched = self._normalize_conversations(conversation)
+        rows = [_flatten(sample, messages) for sample, messages in enumerate(conversations)]
+        texts = [messages for messages, _, _ in rows]
+        if not tokenize:
+            kwargs["add_generation_prompt"] = add_generation_prompt
+            prompts = super().apply_chat_template(texts, template, **kwargs)
+            return prompts if is_batched else prompts[0]
+
+        processor_kwargs = dict(processor_kwargs or {})
+        processor_kwargs.setdefault("images", [images for _, images, _ in rows])
+        for name, argument in (("box", "boxes"), ("mask", "masks"), ("image", "signal_image_index")):
+            processor_kwargs[argument] = [[slot[name] for slot in slots] for _, _, slots in rows]
+        wants_mask = return_assistant_tokens_mask and return_dict
+        marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        if wants_mask and not marks_answers:
+            processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        output = super().apply_chat_template(
+            texts,
+            template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=return_dict,
+            return_assistant_tokens_mask=wants_mask and marks_answers,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+        if not wants_mask:
+            return output
+        if not marks_answers:
+            kwargs.pop("return_tensors", None)
+
+            def render(messages: list[dict], prompts_answer: bool) -> str:
+                rendered = ProcessorMixin.apply_chat_template(
+                    self, [messages], template, add_generation_prompt=prompts_answer, **kwargs
+                )
+                return rendered[0]
+
+            spans = [_answer_spans(sample, messages, render) for sample, messages in enumerate(texts)]
+            output = self._adjust_assistant_masks_indices(output, spans)
+            output.convert_to_tensors(_tensor_type(output["input_ids"]))
+        for sample, (messages, mask) in enumerate(zip(texts, output["assistant_masks"], strict=True)):
+            if any(message["role"] == "assistant" for message in messages) and not np.any(np.asarray(mask)):
+                raise ValueError(
+                    f"sample {sample}: no token of its assistant turns is left; the chat template drops them, or "
+                    "truncation does"
+                )
+        return output
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        # The library walks over the offsets one by one, which takes ten times as long over a tensor.
+        processed_dict["offset_mapping"] = [np.asarray(row).tolist() for row in processed_dict["offset_mapping"]]
+        return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+
+    def post_process_generation(
+        self, output, target_sizes=None, threshold: float = 0.0, mask_format: str | None = "bool"
+    ) -> list[dict]:
+        """
+        What `generate(..., return_dict_in_generate=True)` returned, as text and objects in pixels.
+
+        Args:
+            output (`ModelOutput`): `sequences` `(S, L)`, `boxes` `(S, K, 4)`, `mask_logits` `(S, K, h, w)`,
+                `object_scores`, `object_mask_scores`, `object_valid`, `positions` `(S, K)`, `prompt_length`.
+            target_sizes (*optional*): per sequence the (height, width) of its original picture, or a list of them
+                where it has several: what the model emits belongs to the last. Without it boxes are xyxy in 0..1
+                of the padded square and masks are grids over that square.
+            threshold (`float`): objects that score less are left out.
+            mask_format: `"bool"`, `"rle"` (COCO, compressed), `"polygons"` (COCO, holes filled) or `None` for no masks.
+
+        Returns:
+            `list[dict]`, one per sequence:
+            - **text** (`str`) -- the answer alone, without special tokens.
+            - **objects** (`list[dict]`) -- `phrase` and `span`, its (start, end) in `text` (`None` for a bare
+              `<vis>`), `box` as four floats, `score`, `mask_score`, `mask`, and `image`, the index of its picture.
+            - **boxes** `(N, 4)` float32, **masks** `(N, H, W)` bool (a list in other formats, `None` without),
+              **scores** `(N,)`, **text_labels** and **labels**, both the phrases.
+        """
+        if mask_format not in MASK_FORMATS:
+            raise ValueError(f"`mask_format` is {mask_format!r}; expected one of {MASK_FORMATS}")
+        values = output if isinstance(output, Mapping) else vars(output)
+        sequences = values["sequences"]
+        if target_sizes is None:
+            target_sizes = [None] * len(sequences)
+        if len(target_sizes) != len(sequences):
+            raise ValueError(
+                f"`target_sizes` has {len(target_sizes)} entries for {len(sequences)} sequences; expected one for each"
+            )
+        results = []
+        for row, ids in enumerate(sequences.tolist()):
+            text, phrases = self._split_answer(ids, int(values["prompt_length"]))
+            sizes = np.asarray([] if target_sizes[row] is None else target_sizes[row], dtype=np.int64).reshape(-1, 2)
+            size = tuple(sizes[-1].tolist()) if len(sizes) else None
+            image = max(ids.count(self.image_token_id) // self.image_seq_length, len(sizes), 1) - 1
+            scores = values["object_scores"][row].float()
+            keep = values["object_valid"][row].bool() & ~(scores < threshold)
+            boxes = values["boxes"][row][keep].float().cpu()
+            boxes = boxes if size is None else boxes_from_square(boxes, *size)
+            masks = _masks(values["mask_logits"][row][keep], size, mask_format)
+            spans = [phrases.get(position) for position in values["positions"][row][keep].tolist()]
+            labels = [text[slice(*span)] if span else None for span in spans]
+            columns = {
+                "phrase": labels,
+                "span": spans,
+                "box": boxes.tolist(),
+                "score": scores[keep].tolist(),
+                "mask_score": values["object_mask_scores"][row][keep].float().tolist(),
+                "mask": [None] * len(labels) if masks is None else masks,
+                "image": [image] * len(labels),
+            }
+            result = {
+                "text": text,
+                "objects": [dict(zip(columns, found, strict=True)) for found in zip(*columns.values(), strict=True)],
+                "boxes": boxes,
+                "masks": masks,
+                "scores": scores[keep].cpu(),
+                "text_labels": labels,
+                "labels": list(labels),
+            }
+            results.append(result)
+        return results
+
+    def _split_answer(self, ids: list[int], prompt_length: int) -> tuple[str, dict[int, tuple[int, int]]]:
+        """The clean answer in a sequence, and at the position of each `<vis>` that has one its phrase's span in it."""
+        markers = (self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id)
+        text, decoded, phrases = "", "", {}
+        phrase = start = None
+        for position in range(prompt_length, len(ids) + 1):
+            token = ids[position] if position < len(ids) else None
+            if token is not None and token not in markers:
+                continue
+            # Decoding from the start each time: tokenizers treat the blanks at the start of a text in their own way.
+            longer = self.tokenizer.decode(
+                ids[prompt_length:position], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            piece = longer[len(decoded) :]
+            decoded = longer
+            if not text or text[-1].isspace():
+                piece = piece.lstrip(" ") if text else piece.lstrip()
+            text += piece
+            if piece.strip() and token == self.vis_token_id:
+                phrase = None
+            if token == self.phrase_start_token_id:
+                start, phrase = len(text), None
+            elif token == self.phrase_end_token_id and start is not None:
+                inside = text[start:]
+                first = start + len(inside) - len(inside.lstrip())
+                phrase = (first, first + len(inside.strip())) if inside.strip() else None
+                start = None
+            elif token == self.vis_token_id and phrase is not None:
+                phrases[position] = phrase
+        return text.rstrip(), phrases
+
+
+def _tensor_type(values) -> str | None:
+    return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which `convert` would clip to white
+        return _array_to_image(np.asarray(image))
+    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
+
+
+def _array_to_image(array) -> Image.Image:
+    array = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"the array has the shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W)")
+    if array.dtype == bool:
+        array = array * 255
+    elif array.dtype.kind == "f" and array.max() <= 1:
+        array = (array * 255).round()
+    elif array.dtype == np.uint16 or array.dtype.kind in "ui" and array.max() > 255:
+        array = array // 257
+    if not ((array >= 0) & (array <= 255)).all():
+        raise ValueError(f"the array's values lie in {array.min()}..{array.max()}; expected 0..1, 0..255 or 0..65535")
+    array = array.astype(np.uint8)
+    return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array))
+
+
+def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[dict]]:
+    """One conversation with contents as strings, its pictures, and the `box`, `mask` and `image` of each `<vis>`."""
+    flat_messages, images, slots = [], [], []
+    for turn, message in enumerate(messages):
+        content = message.get("content", "")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        pieces = []
+        for item in items:
+            name = f"sample {sample}, turn {turn}"
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind == "text":
+                text = item.get("text")
+                if not isinstance(text, str):
+                    raise ValueError(f'{name}: text item holds {text!r}; expected a string under "text"')
+                for token in (IMAGE_TOKEN, VIS_TOKEN):
+                    if token in text:
+                        raise ValueError(
+                            f"{name}: the text {text[:80]!r} contains {token}; expected a content item of its own"
+                        )
+                pieces.append(text)
+            elif kind == "image":
+                images += [item[key] for key in ("image", "url", "path") if item.get(key) is not None][:1]
+                pieces.append(IMAGE_TOKEN)
+            elif kind in SIGNAL_TYPES:
+                needed = ("box", "mask") if kind == "region" else (kind,)
+                for key in needed:
+                    if item.get(key) is None:
+                        raise ValueError(f"{name}: content item of type {kind!r} has no {key!r}")
+                slot = {key: item.get(key) for key in ("box", "mask", "image")}
+                if message["role"] == "assistant" and slot["box"] is None:
+                    slot["box"] = TIGHT
+                slots.append(slot)
+                pieces.append(VIS_TOKEN)
+            else:
+                raise ValueError(
+                    f"{name}: content item {str(item)[:80]} has the type {kind!r}; expected one of "
+                    f"{('image', 'text', *SIGNAL_TYPES)}"
+                )
+        flat_messages.append({**message, "content": "".join(pieces)})
+    return flat_messages, images, slots
+
+
+def _answer_spans(sample: int, messages: list[dict], render) -> list[tuple[int, int]]:
+    """
+    Where the assistant's turns stand in a rendered conversation: turn i is what `messages[: i + 1]` renders to after
+    what `messages[:i]` and the generation prompt render to.
+    """
+    full, spans = render(messages, False), []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, prompt, answered = (
+            render(messages[:turn], False),
+            render(messages[:turn], True),
+            render(messages[: turn + 1], False),
+        )
+        if not answered.startswith(prompt):
+            raise ValueError(
+                f"sample {sample}, turn {turn}: the chat template renders the answer other than after its generation "
+                f"prompt, {prompt[-60:]!r} is not how {answered[len(before) :][:80]!r} starts; mark the answers with "
+                "generation tags"
+            )
+        answer = answered[len(prompt) :]
+        # Templates such as Qwen3's write an earlier answer without what its generation prompt said of thinking.
+        start = len(prompt) if full.startswith(prompt + answer) else full.find(answer, len(before))
+        if not full.startswith(before) or start < 0:
+            raise ValueError(f"sample {sample}, turn {turn}: the chat template rewrites this turn when others follow")
+        spans.append((start, start + len(answer)))
+    return spans
+
+
+def _masks(mask_logits: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None):
+    """`(N, h, w)` logits over the padded square as masks of a (height, width) picture, or of the square."""
+    if mask_format is None:
+        return None
+    if size is None:
+        masks = mask_logits > 0
+    else:  # one at a time: the logits at the size of a photo take far more memory than the masks
+        masks = [sample_mask_logits(logits[None], *size) > 0 for logits in mask_logits]
+        masks = torch.cat(masks) if masks else torch.zeros((0, *size), dtype=torch.bool)
+    masks = masks.cpu()
+    if mask_format == "bool":
+        return masks
+    return [encode_rle(mask) if mask_format == "rle" else mask_to_polygons(mask) for mask in masks.numpy()]
+
+
+PerceptionGPTProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["PerceptionBatch", "PerceptionGPTProcessor"]
