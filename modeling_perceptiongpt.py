@@ -4,7 +4,7 @@ or a mask on the way in and whose predicting hidden state is decoded to a box an
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -677,7 +677,8 @@ class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, Percep
         if labels is not None:
             counts = {"box": num_boxes_in_batch, "mask": num_masks_in_batch}
             self.add_losses(result, labels, slots, supervised, decoded if slots else {}, num_items_in_batch, counts)
-        return result
+        # Made anew: as a tuple or dict it lists its fields in the order they were set in, and the loss comes first.
+        return replace(result)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, *, tokenizer=None, dtype=None, **config_kwargs):

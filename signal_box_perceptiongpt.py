@@ -1,8 +1,8 @@
 """
 The box signal: a box in, one token embedding out; one hidden state in, a box out.
 
-Boxes are `(x0, y0, x1, y1)` in 0..1 of the padded square, float32 from file to file: in bfloat16 a coordinate falls into
-bins of 2.5 pixels at 640 pixels.
+Boxes are `(x0, y0, x1, y1)` in 0..1 of the padded square, float32 from file to file: in bfloat16 a coordinate falls
+into bins of 2.5 pixels at 640 pixels.
 """
 
 import torch
@@ -40,6 +40,13 @@ class SignalEmbeddingNorm(nn.Module):
         return F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), eps=1e-6)
 
 
+def normalize_states(states: torch.Tensor) -> torch.Tensor:
+    """Hidden states `(..., hidden)` of any finite size in float32, with mean 0 and variance 1."""
+    # Their squares stay finite, and with them whatever is decoded.
+    states = states.float().clamp(-1e15, 1e15)
+    return F.layer_norm(states, states.shape[-1:])
+
+
 class BoxEncoder(nn.Module):
     """Three-layer MLP from a box to the embedding of its `<vis>` (paper, section 3.1)."""
 
@@ -62,7 +69,6 @@ class BoxDecoder(nn.Module):
 
     def __init__(self, config, text_hidden_size: int):
         super().__init__()
-        self.text_hidden_size = text_hidden_size
         self.linear_1 = Float32Linear(text_hidden_size, config.hidden_size)
         self.linear_2 = Float32Linear(config.hidden_size, config.hidden_size)
         self.linear_3 = Float32Linear(config.hidden_size, 5)
@@ -75,13 +81,12 @@ class BoxDecoder(nn.Module):
         Returns:
             `boxes` of shape `(..., 4)` with 0 <= x0 < x1 <= 1 for any state, and `iou` of shape `(...)` in 0..1.
         """
-        hidden_states = F.layer_norm(states.float(), (self.text_hidden_size,))
-        hidden_states = F.gelu(self.linear_1(hidden_states))
+        hidden_states = F.gelu(self.linear_1(normalize_states(states)))
         hidden_states = F.gelu(self.linear_2(hidden_states))
         outputs = self.linear_3(hidden_states)
         # Size first, then where in the room that the size leaves: no clamp, so a box at the border keeps its gradient.
-        side = SMALLEST_SIDE + (1 - SMALLEST_SIDE) * outputs[..., 0:2].sigmoid()
-        room = 1 - side
+        # The room is sigmoid(-x), not 1 - sigmoid(x), which float32 rounds to 0 for a box that fills the square.
+        room = (1 - SMALLEST_SIDE) * (-outputs[..., 0:2]).sigmoid()
         top_left = room * outputs[..., 2:4].sigmoid()
         bottom_right = 1 - room * (-outputs[..., 2:4]).sigmoid()
         return torch.cat([top_left, bottom_right], dim=-1), outputs[..., 4].sigmoid()
@@ -139,10 +144,10 @@ class BoxSignal:
 
     @staticmethod
     def pad(config, batch_size: int, slots: int, device) -> torch.Tensor:
-        """Values that say nothing, `(batch_size, slots, 4)`: the whole square, a box on which no formula divides by 0."""
+        """Values that say nothing, `(batch_size, slots, 4)`: the whole square, on which no formula divides by 0."""
         return torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(batch_size, slots, 4)
 
     @staticmethod
     def to_result(values: torch.Tensor, predicted_iou: torch.Tensor, probability: torch.Tensor) -> dict:
-        """What `generate` adds to its output: boxes `(S, K, 4)` and their scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
+        """What `generate` adds to its output: boxes `(S, K, 4)` and scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
         return {"boxes": values, "object_scores": probability * predicted_iou}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .signal_box_perceptiongpt import SignalEmbeddingNorm
+from .signal_box_perceptiongpt import SignalEmbeddingNorm, normalize_states
 
 
 def sine_position_table(grid: int, width: int, device=None) -> torch.Tensor:
@@ -180,7 +180,6 @@ class MaskDecoder(nn.Module):
         self.grid = grid
         self.size = config.size
         width = config.hidden_size
-        self.text_hidden_size = text_hidden_size
         self.state_proj = nn.Linear(text_hidden_size, width)
         self.image_norm = nn.LayerNorm(vision_hidden_size)
         self.image_proj = nn.Linear(vision_hidden_size, width)
@@ -189,10 +188,12 @@ class MaskDecoder(nn.Module):
         self.upscale = nn.ModuleList()
         self.upscale_norms = nn.ModuleList()
         channels = width
-        for stage in range(max(0, math.ceil(math.log2(self.size / grid)))):
+        num_stages = max(0, math.ceil(math.log2(self.size / grid)))
+        for stage in range(num_stages):
             narrower = max(width // 2 ** (stage + 2), config.upscale_channels)
             self.upscale.append(nn.ConvTranspose2d(channels, narrower, 2, stride=2))
-            self.upscale_norms.append(nn.GroupNorm(1, narrower))
+            is_last = stage == num_stages - 1
+            self.upscale_norms.append(nn.Identity() if is_last else nn.GroupNorm(1, narrower))
             channels = narrower
         self.hyper_1 = nn.Linear(width, width)
         self.hyper_2 = nn.Linear(width, channels + 1)
@@ -209,8 +210,8 @@ class MaskDecoder(nn.Module):
             float32 logits of shape `(N, size, size)` on the padded square and predicted IoU of shape `(N,)` in 0..1.
         """
         dtype = self.state_proj.weight.dtype
-        states = F.layer_norm(states.float(), (self.text_hidden_size,)).to(dtype)
-        # Projected once a picture, then handed to each of its states; the row of zeros at the end stands for no picture.
+        states = normalize_states(states).to(dtype)
+        # Projected once a picture, then handed to each of its states; the row of zeros at the end is for no picture.
         image = F.pad(self.image_proj(self.image_norm(image_features.to(dtype))), (0, 0, 0, 0, 0, 1))[image_index]
         positions = sine_position_table(self.grid, image.shape[-1], image.device).to(dtype)
         iou_token = self.iou_token(torch.zeros(len(states), dtype=torch.long, device=states.device))
@@ -218,7 +219,8 @@ class MaskDecoder(nn.Module):
         tokens, image = self.transformer(tokens, image, positions[None])
         cells = image.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
         for conv, norm in zip(self.upscale, self.upscale_norms, strict=True):
-            cells = F.gelu(norm(conv(cells)))
+            # At this size an activation costs as much as the convolution: ReLU, whose backward is the cheapest.
+            cells = F.relu(norm(conv(cells)))
         kernel = self.hyper_2(F.gelu(self.hyper_1(tokens[:, 1]))).float()
         logits = torch.einsum("nc,nchw->nhw", kernel[:, :-1], cells.float()) * (kernel.shape[-1] - 1) ** -0.5
         logits = logits + kernel[:, -1, None, None]
@@ -287,5 +289,5 @@ class MaskSignal:
 
     @staticmethod
     def to_result(values: torch.Tensor, predicted_iou: torch.Tensor, probability: torch.Tensor) -> dict:
-        """What `generate` adds to its output: logits `(S, K, M, M)` and scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
+        """What `generate` adds: logits `(S, K, M, M)` and scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
         return {"mask_logits": values, "object_mask_scores": probability * predicted_iou}
