@@ -1,0 +1,380 @@
+"""COCO instances (a json and a folder of pictures) as rows of the schema.
+
+Tasks: `refer` ("the dog", or "the second cup from the left" where the category occurs several times), `detect` (every
+instance of a category), `no_target` (a category that is not in the picture) and `box_to_mask`.
+
+Crowd regions are never targets, and a category with one in a picture makes no row about that picture: neither "the
+dog" nor "every dog" nor "there is no dog" can be said of it. The same holds for an instance without area, which
+real files contain.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from datasets import Dataset
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
+from perceptiongpt.data.reading import Problems, read_json
+from perceptiongpt.data.schema import clip_box, rle_runs, row_features
+from perceptiongpt.data.templates import render_prompt, stable_generator
+
+
+COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask")
+ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
+POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the picture's side on
+SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
+
+
+def load_coco(
+    annotations: str | Path,
+    images: str | Path,
+    tasks: Iterable[str] = ("refer", "detect", "no_target"),
+    min_area_share: float = 0.0,
+    seed: int = 0,
+    limit: int | None = None,
+    image_ids: Iterable[int] | None = None,
+    split: str = "train",
+    evaluation: bool = False,
+) -> Dataset:
+    """The rows of `coco_rows` as a `datasets.Dataset` that opens each picture when its row is read."""
+    rows = list(coco_rows(annotations, images, tasks, min_area_share, seed, limit, image_ids, split, evaluation))
+    features = row_features()
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def coco_folder_rows(
+    root: str | Path | None = None,
+    *,
+    split: str = "train",
+    annotations: Iterable[str | Path] | None = None,
+    images: str | Path | bool | None = None,
+    tasks: Iterable[str] | None = None,
+    seed: int = 0,
+    evaluation: bool = False,
+    limit: int | None = None,
+    problems: Problems | None = None,
+    min_area_share: float = 0.0,
+    image_ids: Iterable[int] | None = None,
+) -> Iterator[dict]:
+    """The source `coco`: `coco_rows` of each instances file.
+
+    Args:
+        root: a folder with `annotations/instances_<split>2017.json` (or 2014, or without a year, packed or plain, also
+            without the folder `annotations`) and the pictures in `<split>2017/` (or 2014, or `images/`).
+        annotations, images: where these are elsewhere; `images=False`: rows without pictures.
+        tasks: default `refer`, `detect`, `no_target`.
+        Others: as `coco_rows`.
+    """
+    stems = [f"{split}{year}" for year in ("2017", "2014", "")]
+    if annotations is None:
+        if root is None:
+            raise ValueError("the coco source needs a root, or annotations and images")
+        names = [f"instances_{stem}.json" for stem in stems] + ["instances.json"]
+        folders = [Path(root) / "annotations", Path(root)]
+        found = [path for folder in folders for name in names for path in sorted(folder.glob(name + "*"))]
+        if not found:
+            raise ValueError(f"{root}: holds no annotations/instances_{split}2017.json; name the file as annotations")
+        annotations = found[:1]
+    if images is None:
+        if root is None:
+            raise ValueError("the coco source needs a root or images, the folder of the pictures")
+        images = next((Path(root, name) for name in (*stems, "images") if Path(root, name).is_dir()), root)
+    tasks = ("refer", "detect", "no_target") if tasks is None else tasks
+    for file in annotations:
+        yield from coco_rows(file, images, tasks, min_area_share, seed, limit, image_ids, split, evaluation, problems)
+
+
+@contextmanager
+def skipping(problems: Problems | None, where: str | Path) -> Iterator[None]:
+    """Hand a `ValueError` to `problems` if these are to be skipped; else it goes on its way."""
+    try:
+        yield
+    except ValueError as error:
+        if problems is None or not problems.skip:
+            raise
+        problems.report(str(where), str(error))
+
+
+def coco_rows(
+    annotations: str | Path,
+    images: str | Path | bool,
+    tasks: Iterable[str] = ("refer", "detect", "no_target"),
+    min_area_share: float = 0.0,
+    seed: int = 0,
+    limit: int | None = None,
+    image_ids: Iterable[int] | None = None,
+    split: str = "train",
+    evaluation: bool = False,
+    problems: Problems | None = None,
+) -> Iterator[dict]:
+    """Yield the rows of a COCO instances file, picture by picture; images are given by path.
+
+    Args:
+        annotations: the instances json.
+        images: the folder that its `file_name`s are relative to; False for rows without pictures.
+        tasks: any of `COCO_TASKS`.
+        min_area_share: an object is a target only if its box covers at least this share of the padded square
+            (box area / longer side squared). A smaller one still makes an expression ambiguous and keeps its category
+            from a `detect` row, whose answer would otherwise be incomplete.
+        seed: decides the expressions, the prompts and the absent categories, per row.
+        limit: only the first `limit` pictures.
+        image_ids: only these pictures, which must exist.
+        split: what the column `split` says.
+        evaluation: use each task's fixed evaluation prompt.
+        problems: what happens to bad records; default: the first one raises.
+
+    Raises:
+        ValueError: naming file, annotation or image, for anything that is missing, broken or outside; nothing is
+            skipped silently. (A category with a bad annotation makes no row about that picture.)
+    """
+    tasks = tuple(tasks)
+    if unknown := sorted(set(tasks) - set(COCO_TASKS)):
+        raise ValueError(f"unknown tasks {unknown}; the coco source makes {', '.join(COCO_TASKS)}")
+    records, instances, categories = read_instances(annotations, problems)
+    if image_ids is not None:
+        by_id = {record["id"]: record for record in records}
+        if unknown := [image_id for image_id in image_ids if image_id not in by_id]:
+            raise ValueError(f"{annotations}: there are no images with the ids {unknown}")
+        records = [by_id[image_id] for image_id in image_ids]
+
+    for record in records[:limit]:
+        path = False if images is False else None
+        with skipping(problems, annotations):
+            path = path if path is False else image_path(images, record, annotations)
+        if path is None:
+            continue
+        common = {
+            "image": {"path": str(path), "bytes": None} if path else None,
+            "source": "coco",
+            "image_id": str(record["id"]),
+            "split": split,
+            "width": record["width"],
+            "height": record["height"],
+        }
+        groups = defaultdict(list)
+        for annotation in instances[record["id"]]:
+            target = None
+            with skipping(problems, annotations):
+                target = _read_annotation(annotation, record, annotations)
+                if target is None and problems is not None:
+                    problems.leave_out("crowd region or instance without area")
+            groups[annotation["category_id"]].append(target)
+        for row in _image_rows(groups, categories, record, tasks, min_area_share, seed, evaluation):
+            yield {**common, **row}
+
+
+def read_instances(
+    annotations: str | Path, problems: Problems | None = None
+) -> tuple[list[dict], dict[int, list[dict]], dict[int, str]]:
+    """Read and check an instances json.
+
+    Returns:
+        The image records in file order, the annotations per image id, and the name per category id.
+
+    Raises:
+        ValueError: broken json, a missing key, a category without a name, a repeated image id, or an annotation
+            whose image or category does not exist.
+    """
+    try:
+        content = read_json(annotations)
+    except ValueError as error:
+        raise ValueError(f"{annotations}: cannot be read as json: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{annotations}: no list under the key {key!r}; expected a COCO instances file")
+    categories = {}
+    for category in content["categories"]:
+        if not isinstance(category.get("name"), str) or not category["name"].strip():
+            raise ValueError(f"{annotations}: category {category.get('id')!r} has no name")
+        categories[category.get("id")] = category["name"].strip()
+    instances = {}
+    records = []
+    for record in content["images"]:
+        with skipping(problems, annotations):
+            if missing := [key for key in ("id", "file_name", "width", "height") if key not in record]:
+                raise ValueError(f"{annotations}: image {record.get('id')!r} lacks {missing}")
+            if record["id"] in instances:
+                raise ValueError(f"{annotations}: image id {record['id']!r} occurs twice")
+            instances[record["id"]] = []
+            records.append(record)
+    for annotation in content["annotations"]:
+        with skipping(problems, annotations):
+            name = f"{annotations}: annotation {annotation.get('id')!r}"
+            if missing := [key for key in ("image_id", "category_id", "bbox", "segmentation") if key not in annotation]:
+                raise ValueError(f"{name} lacks {missing}")
+            if annotation["image_id"] not in instances:
+                raise ValueError(f"{name} belongs to image {annotation['image_id']!r}, which is not listed")
+            if annotation["category_id"] not in categories:
+                raise ValueError(f"{name} has the category {annotation['category_id']!r}, which is not listed")
+            instances[annotation["image_id"]].append(annotation)
+    return records, instances, categories
+
+
+def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Path:
+    """The checked path of a picture: inside `folder`, present, whole, and of the size that `record` states."""
+    name = f"{annotations}: image {record['id']!r}, file {record['file_name']!r}"
+    file_name = str(record["file_name"])
+    for flavour in (PurePosixPath(file_name), PureWindowsPath(file_name)):
+        if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
+            raise ValueError(f"{name}: leaves the folder {folder}")
+    path = Path(folder) / file_name
+    if not path.is_file():
+        raise ValueError(f"{name}: does not exist in {folder}")
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(Image.ExifTags.Base.Orientation)
+            size = image.size
+            image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
+            image.load()
+            if orientation in (5, 6, 7, 8):  # `datasets` turns pictures upright when it opens them
+                size = size[::-1]
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be read as a picture: {error}") from error
+    if size != (record["width"], record["height"]):
+        raise ValueError(
+            f"{name}: is {size[0]} x {size[1]} pixels, the annotations say {record['width']} x {record['height']}"
+        )
+    return path
+
+
+def _read_annotation(annotation: dict, record: dict, annotations: str | Path) -> dict | None:
+    """One object as {`box` (xyxy pixels), `mask` (RLE)}; None for a crowd region or an object without area."""
+    name = f"{annotations}: annotation {annotation.get('id')!r} of image {record['id']!r}"
+    mask = segmentation_to_rle(annotation["segmentation"], record["height"], record["width"], name)
+    if annotation.get("iscrowd"):
+        return None
+    bbox = annotation["bbox"]
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+        raise ValueError(f"{name}: bbox {bbox!r} is not [x, y, width, height]")
+    x, y, width, height = bbox
+    if (width == 0 or height == 0) or mask is None:
+        return None
+    box, _ = clip_box([x, y, x + width, y + height], record["width"], record["height"], name)
+    return {"box": box, "mask": mask}
+
+
+def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segmentation") -> dict | None:
+    """Polygons, uncompressed or compressed RLE -> {`size`, `counts` (str)}; None if it covers no pixel.
+
+    Raises:
+        ValueError: for a polygon of less than three points or odd length, or an RLE of another size.
+    """
+    if isinstance(segmentation, list):
+        if not segmentation:
+            return None
+        for polygon in segmentation:
+            is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            if not is_polygon or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in polygon):
+                raise ValueError(f"{name}: polygon {str(polygon)[:60]} is not [x1, y1, x2, y2, ...] of three points")
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation, dict) and list(segmentation.get("size", ())) == [height, width]:
+        counts = segmentation.get("counts")
+        runs = rle_runs(counts, name) if isinstance(counts, str) else counts
+        is_runs = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
+        if not is_runs or sum(runs) != height * width:
+            raise ValueError(f"{name}: the RLE's run lengths do not sum up to {height} x {width}")
+        rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    else:
+        raise ValueError(f"{name}: segmentation is neither polygons nor an RLE of size [{height}, {width}]")
+    if coco_mask.area(rle) == 0:
+        return None
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def _image_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
+    square = max(record["width"], record["height"]) ** 2
+
+    def make(task: str, prompt_task: str, phrase: str, objects: list[dict], answer: str, key, prompt_box=None) -> dict:
+        generator = None if evaluation else stable_generator(seed, record["id"], task, key)
+        prompt = render_prompt(prompt_task, phrase, generator)
+        slots = ([{"box": prompt_box, "mask": None}] if prompt_box else []) + objects
+        return {
+            "messages": [
+                {"role": "user", "content": IMAGE_TOKEN + prompt},
+                {"role": "assistant", "content": answer},
+            ],
+            "boxes": [slot["box"] for slot in slots],
+            "masks": [slot["mask"] for slot in slots],
+            "task": task,
+        }
+
+    for category_id, objects in groups.items():
+        if any(instance is None for instance in objects):
+            continue
+        name = categories[category_id]
+        objects = sorted(objects, key=lambda instance: instance["box"][:2])
+        large = [box_area(instance["box"]) >= min_area_share * square for instance in objects]
+        if "refer" in tasks:
+            expressions = refer_expressions(
+                name, [instance["box"] for instance in objects], record["width"], record["height"]
+            )
+            for i, (instance, is_large, options) in enumerate(zip(objects, large, expressions, strict=True)):
+                if is_large and options:
+                    draw = stable_generator(seed, record["id"], "expression", category_id, i)
+                    phrase = options[draw.integers(len(options))]
+                    yield make("refer", "refer", phrase, [instance], VIS_TOKEN, (category_id, i))
+        if "box_to_mask" in tasks:
+            for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
+                if is_large:
+                    key = (category_id, i)
+                    yield make("box_to_mask", "box_to_mask", "", [instance], VIS_TOKEN, key, instance["box"])
+        if "detect" in tasks and all(large):
+            yield make("detect", "detect", name, objects, VIS_TOKEN * len(objects), category_id)
+
+    absent = sorted(category_id for category_id in categories if category_id not in groups)
+    if "no_target" in tasks and absent:
+        draw = stable_generator(seed, record["id"], "absent")
+        name = categories[absent[draw.integers(len(absent))]]
+        prompt_task = "refer" if draw.integers(2) else "detect"
+        phrase = f"the {name}" if prompt_task == "refer" else name
+        yield make("no_target", prompt_task, phrase, [], f"There is no {name}.", "absent")
+
+
+def box_area(box_xyxy: list[float]) -> float:
+    """Area of an xyxy box."""
+    return (box_xyxy[2] - box_xyxy[0]) * (box_xyxy[3] - box_xyxy[1])
+
+
+def refer_expressions(name: str, boxes_xyxy_pixels: list[list[float]], width: int, height: int) -> list[list[str]]:
+    """For every object of one category in a picture, the phrases that are true of it and of no other.
+
+    A single object is "the <name>". Of several, one is named by its rank along x or y if each of the others lies
+    clearly before or behind it (centre by `POSITION_MARGIN` of the side, and both edges), and as the largest or
+    smallest if its box area differs from each of the others' by `SIZE_RATIO`. An empty list: nothing holds.
+    """
+    count = len(boxes_xyxy_pixels)
+    if count == 1:
+        return [[f"the {name}"]]
+    expressions = []
+    for i, box in enumerate(boxes_xyxy_pixels):
+        others = boxes_xyxy_pixels[:i] + boxes_xyxy_pixels[i + 1 :]
+        options = []
+        for axis, side, first, last in ((0, width, "left", "right"), (1, height, "top", "bottom")):
+            before = sum(_precedes(other, box, axis, side) for other in others)
+            behind = sum(_precedes(box, other, axis, side) for other in others)
+            if before + behind != len(others):
+                continue
+            for rank, end in ((before, first), (behind, last)):
+                if rank == 0:
+                    options.append(f"the {end}most {name}")
+                elif rank <= behind + before - rank and rank < len(ORDINALS):
+                    options.append(f"the {ORDINALS[rank]}{name} from the {end}")
+        area = box_area(box)
+        if all(area >= SIZE_RATIO * box_area(other) for other in others):
+            options.append(f"the largest {name}")
+        if all(area * SIZE_RATIO <= box_area(other) for other in others):
+            options.append(f"the smallest {name}")
+        expressions.append(options)
+    return expressions
+
+
+def _precedes(first: list[float], second: list[float], axis: int, side: float) -> bool:
+    """Whether the first box lies clearly before the second along an axis (0: x, 1: y) of length `side`."""
+    centre_gap = (second[axis] + second[axis + 2] - first[axis] - first[axis + 2]) / 2
+    edges_agree = first[axis] < second[axis] and first[axis + 2] < second[axis + 2]
+    return centre_gap >= POSITION_MARGIN * side and edges_agree

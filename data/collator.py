@@ -1,0 +1,322 @@
+"""Rows of the schema -> one training batch: labels, what each `<vis>` is read as, jitter, packing, padding.
+
+All randomness is drawn here, per row, from (seed, epoch, content of the row): the same row in the same epoch gets the
+same draw, whatever batch, process or worker it is in.
+"""
+
+import copy
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
+from perceptiongpt.data.templates import stable_generator
+
+
+IGNORED_LABEL = -100
+READINGS = ("box", "mask", "both")
+# At inference only boxes are fed back, so an answer is read as its box most of the time.
+READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
+SIGNAL_KEYS = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read", "boxes_noise")
+
+
+class PerceptionCollator:
+    """Collate rows of the schema (`data/schema.py`), or lists of rows that share a picture, into a batch.
+
+    Args:
+        processor: a `PerceptionGPTProcessor`.
+        config: the model's config; needed for `pack` only, to refuse what packing cannot do.
+        seed: of all draws.
+        box_jitter: standard deviation of the jitter on an answer's box where it is read, as a share of its side.
+        read_probabilities: how often an answer's `<vis>` that has both is read as `box`, `mask` or `both`. One that has
+            only one is read as that; a prompt's `<vis>` is read as whatever it has.
+        pack: at most so many questions of one picture share a row behind their picture, under a block-diagonal mask:
+            consecutive rows of the same picture, or the lists that `group_rows_by_image` makes. None: no packing.
+        max_length: a longer row is an error (cutting it would cut signals off).
+        cache_rows: keep so many processed rows in memory. Draws are made anew each time.
+
+    Returns (from a call):
+        `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, packed, bool (B, 1, L, L) with `position_ids` (B, L);
+        `pixel_values` (images, 3, S, S); the signals (B, K, ...), see `forward`; `boxes_noise` (B, K, 4) float32, such
+        that boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask
+        is wanted, and `mask_image_index` (images,), their rows in it or -1.
+    """
+
+    def __init__(
+        self,
+        processor,
+        config=None,
+        seed: int = 0,
+        box_jitter: float = 0.02,
+        read_probabilities: dict[str, float] | None = None,
+        pack: int | None = None,
+        max_length: int | None = None,
+        cache_rows: int = 0,
+    ):
+        read_probabilities = READ_PROBABILITIES if read_probabilities is None else read_probabilities
+        weights = [read_probabilities.get(reading, 0.0) for reading in READINGS]
+        if set(read_probabilities) - set(READINGS) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(f"read_probabilities {read_probabilities} do not share 1 among {', '.join(READINGS)}")
+        if not 0 <= box_jitter <= 0.1:
+            raise ValueError(f"box_jitter is a share of a box's side between 0 and 0.1, got {box_jitter}")
+        self.processor = processor
+        self.image_token_id, self.vis_token_id = processor.tokenizer.convert_tokens_to_ids(["<image>", "<vis>"])
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            self.pad_token_id = processor.tokenizer.eos_token_id
+        self.seed, self.box_jitter, self.weights = seed, box_jitter, weights
+        self.pack, self.max_length, self.cache_rows = pack, max_length, cache_rows
+        self.window = None if pack is None else packing_window(config)
+        self._cache = OrderedDict()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by dataloader workers that live on
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the draws those of another epoch, here and in every running worker."""
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> "PerceptionCollator":
+        """The same collator without jitter, reading answers as their box wherever there is one, as at inference."""
+        collator = copy.copy(self)
+        collator.box_jitter, collator.weights = 0.0, [1.0, 0.0, 0.0]
+        collator._cache = OrderedDict()
+        return collator
+
+    def __call__(self, features: Sequence[dict | list[dict]]) -> dict[str, torch.Tensor]:
+        if self.pack is None:
+            rows = [self._encode(feature) for feature in features]
+        else:
+            rows = [self._pack(group) for group in self._groups(features)]
+        if self.max_length is not None:
+            for row in rows:
+                if len(row["input_ids"]) > self.max_length:
+                    raise ValueError(f"{row['name']}: {len(row['input_ids'])} tokens, max_length is {self.max_length}")
+        return self._pad(rows)
+
+    def _encode(self, row: dict) -> dict:
+        """One row as unpadded tensors (no batch dimension), with its draws."""
+        encoded = dict(self._process(row))
+        answer, boxes = encoded["answer"], encoded["boxes"]
+        boxes_valid, masks_valid = encoded["boxes_valid"], encoded["masks_valid"]
+        identity = [row[key] for key in ("source", "image_id", "split", "task", "messages", "boxes", "masks")]
+        generator = stable_generator(self.seed, int(self._epoch), identity)
+        reading = torch.from_numpy(generator.choice(len(READINGS), size=len(boxes), p=self.weights))
+        drop_mask = answer & boxes_valid & (reading == READINGS.index("box"))
+        drop_box = answer & masks_valid & (reading == READINGS.index("mask"))
+        encoded["boxes_read"], encoded["masks_read"] = boxes_valid & ~drop_box, masks_valid & ~drop_mask
+
+        jitter = torch.from_numpy(generator.standard_normal((len(boxes), 4))).float().clamp(-3, 3) * self.box_jitter
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        noise = (boxes + jitter * sides).clamp(0, 1) - boxes
+        encoded["boxes_noise"] = noise * (answer & boxes_valid)[:, None]
+        return encoded
+
+    def _process(self, row: dict) -> dict:
+        """What does not change from epoch to epoch, kept for the last `cache_rows` rows."""
+        if not self.cache_rows:
+            return self._process_row(row)
+        pictures = [(image.size, zlib.crc32(image.tobytes())) for image in row_images(row)]
+        key = repr((pictures, row["messages"], row["boxes"], row["masks"]))
+        if key not in self._cache:
+            self._cache[key] = self._process_row(row)
+            if len(self._cache) > self.cache_rows:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _process_row(self, row: dict) -> dict:
+        batch = self.processor.apply_chat_template(
+            [row_to_messages(row)],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+        )
+        encoded = {key: batch[key][0] for key in ("input_ids", *SIGNAL_KEYS[:4])}
+        ids = encoded["input_ids"]
+        supervised = torch.as_tensor(batch["assistant_masks"])[0].bool() & (ids != self.image_token_id)
+        if not supervised.any():
+            raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
+        encoded["labels"] = ids.where(supervised, torch.full_like(ids, IGNORED_LABEL))
+        is_vis = ids == self.vis_token_id
+        encoded["answer"] = supervised[is_vis]
+        image_tokens = (ids == self.image_token_id).cumsum(0)
+        encoded["slot_image"] = image_tokens[is_vis] // self.processor.image_seq_length - 1
+        for key in ("pixel_values", "mask_pixel_values"):
+            if key in batch:
+                encoded[key] = batch[key]
+        encoded["name"] = describe_row(row)
+        return encoded
+
+    def _groups(self, features) -> list[list[dict]]:
+        groups = []
+        for feature in features:
+            rows = feature if isinstance(feature, list) else [feature]
+            key = picture_key(rows[0])
+            packs = groups and not isinstance(feature, list) and key is not None and key == picture_key(groups[-1][0])
+            if packs and len(groups[-1]) < self.pack:
+                groups[-1].extend(rows)
+            else:
+                groups.append(list(rows))
+        return groups
+
+    def _pack(self, rows: list[dict]) -> dict:
+        """Questions about one picture behind its tokens, which are there once; each sees the picture and itself."""
+        encoded = [self._encode(row) for row in rows]
+        ids = [row["input_ids"] for row in encoded]
+        image_positions = (ids[0] == self.image_token_id).nonzero()
+        prefix = int(image_positions[-1]) + 1 if len(image_positions) else 0
+        for row, other in zip(encoded, ids, strict=True):
+            if len(rows) > 1 and (prefix == 0 or not torch.equal(other[:prefix], ids[0][:prefix])):
+                raise ValueError(f"{row['name']}: does not begin with the same picture as {encoded[0]['name']}")
+            if len(rows) > 1 and (row["labels"][: prefix + 1] != IGNORED_LABEL).any():
+                raise ValueError(f"{row['name']}: an answer directly behind the picture cannot be packed")
+        lengths = [len(other) - prefix for other in ids]
+        length = prefix + sum(lengths)
+        if self.window is not None and length > self.window:
+            raise ValueError(
+                f"{encoded[0]['name']}: {length} packed tokens exceed the sliding window of {self.window}; "
+                "pack fewer questions"
+            )
+        packed = {key: torch.cat([row[key] for row in encoded]) for key in (*SIGNAL_KEYS, "answer", "slot_image")}
+        for key in ("input_ids", "labels"):
+            packed[key] = torch.cat([encoded[0][key][:prefix], *(row[key][prefix:] for row in encoded)])
+        for key in ("pixel_values", "mask_pixel_values"):
+            if key in encoded[0]:
+                packed[key] = encoded[0][key]
+        question = torch.repeat_interleave(torch.arange(len(rows) + 1), torch.tensor([prefix, *lengths]))
+        same_or_prefix = (question[:, None] == question[None, :]) | (question[None, :] == 0)
+        packed["attention_mask"] = same_or_prefix & torch.ones(length, length, dtype=torch.bool).tril()
+        packed["position_ids"] = torch.cat(
+            [torch.arange(prefix), *(torch.arange(prefix, prefix + block) for block in lengths)]
+        )
+        packed["name"] = encoded[0]["name"]
+        return packed
+
+    def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        slots = max(len(row["boxes"]) for row in rows)
+        batch = {
+            "input_ids": _stack([row["input_ids"] for row in rows], length, self.pad_token_id),
+            "labels": _stack([row["labels"] for row in rows], length, IGNORED_LABEL),
+            **{key: _stack([row[key] for row in rows], slots, 0) for key in SIGNAL_KEYS},
+        }
+        if self.pack is None:
+            ones = [torch.ones_like(row["input_ids"]) for row in rows]
+            batch["attention_mask"] = _stack(ones, length, 0)
+        else:
+            # A padding position sees itself: a row of a mask that allows nothing turns into NaN.
+            mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+            for i, row in enumerate(rows):
+                mask[i, : len(row["input_ids"]), : len(row["input_ids"])] = row["attention_mask"]
+            batch["attention_mask"] = mask[:, None]
+            batch["position_ids"] = _stack([row["position_ids"] for row in rows], length, 0)
+        pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        if pictures:
+            batch["pixel_values"] = torch.cat(pictures)
+        self._add_mask_pictures(rows, batch)
+        return batch
+
+    @staticmethod
+    def _add_mask_pictures(rows: list[dict], batch: dict) -> None:
+        """Keep the finer pictures of those images only of which a mask is wanted."""
+        rows = [row for row in rows if "mask_pixel_values" in row]
+        if not rows:
+            return
+        wanted = []
+        for row in rows:
+            targets = row["slot_image"][row["answer"] & row["masks_valid"]]
+            wanted.append(torch.isin(torch.arange(len(row["mask_pixel_values"])), targets))
+        wanted = torch.cat(wanted)
+        if wanted.any():
+            batch["mask_pixel_values"] = torch.cat([row["mask_pixel_values"] for row in rows])[wanted]
+            batch["mask_image_index"] = (wanted.cumsum(0) - 1).where(wanted, torch.tensor(-1))
+
+
+def _stack(tensors: list[torch.Tensor], length: int, value) -> torch.Tensor:
+    """Stack tensors of unlike first dimension, padded at the end with `value`."""
+    batch = tensors[0].new_full((len(tensors), length, *tensors[0].shape[1:]), value)
+    for padded, tensor in zip(batch, tensors, strict=True):
+        padded[: len(tensor)] = tensor
+    return batch
+
+
+def answer_slots(input_ids: torch.Tensor, labels: torch.Tensor, vis_token_id: int, slots: int) -> torch.Tensor:
+    """Which signal slots are supervised: bool (B, slots), True where the label at the slot's `<vis>` is not -100.
+
+    Args:
+        input_ids, labels: of shape (B, L).
+        vis_token_id: the id of `<vis>`.
+        slots: K of the batch's signal tensors.
+    """
+    is_vis = input_ids == vis_token_id
+    slot = (is_vis.cumsum(1) - 1).clamp(min=0)
+    supervised = torch.zeros(len(input_ids), max(slots, 1), dtype=torch.int64, device=input_ids.device)
+    supervised.scatter_add_(1, slot.clamp(max=max(slots, 1) - 1), (is_vis & (labels != IGNORED_LABEL)).long())
+    return supervised[:, :slots] > 0
+
+
+def picture_key(row: dict) -> tuple | None:
+    """What rows of the same picture have in common; None for a row that cannot be packed (several images)."""
+    if isinstance(row.get("image"), (list, tuple)) or row.get("image_id") is None:
+        return None
+    return row.get("source"), row.get("split"), row["image_id"]
+
+
+def packing_window(config) -> int | None:
+    """The longest row that may be packed under this config, or None for any.
+
+    Raises:
+        ValueError: without a config, or for flash attention, which takes no block-diagonal mask.
+    """
+    if config is None:
+        raise ValueError("packing needs the model's config: PerceptionCollator(processor, config=model.config, ...)")
+    text_config = config.get_text_config()
+    implementation = getattr(text_config, "_attn_implementation", None) or ""
+    if "flash" in implementation:
+        raise ValueError(f"packing needs a 4-D attention mask, which {implementation!r} does not take; use 'sdpa'")
+    layer_types = getattr(text_config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else getattr(text_config, "use_sliding_window", True)
+    return getattr(text_config, "sliding_window", None) if slides else None
+
+
+class GroupedRows(Dataset):
+    """Lists of rows of one picture; the picture is opened once per list. Made by `group_rows_by_image`."""
+
+    def __init__(self, dataset, groups: list[list[int]]):
+        self.dataset, self.groups = dataset, groups
+        self._without_image = dataset.remove_columns("image") if hasattr(dataset, "remove_columns") else dataset
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        first, *others = self.groups[index]
+        first = self.dataset[first]
+        return [first, *({**self._without_image[other], "image": first["image"]} for other in others)]
+
+
+def group_rows_by_image(dataset, max_questions: int, seed: int = 0) -> GroupedRows:
+    """Group the rows of a data set (or list of rows) by picture, at most `max_questions` to a group.
+
+    Rows belong together if source, split and image_id agree. The grouping depends on `seed` alone.
+    """
+    if max_questions < 1:
+        raise ValueError(f"max_questions must be at least 1, got {max_questions}")
+    names = ("source", "split", "image_id")
+    if hasattr(dataset, "select_columns"):
+        keys = [tuple(row[name] for name in names) for row in dataset.select_columns(list(names))]
+        several = type(dataset.features["image"]).__name__ != "Image"
+    else:
+        keys, several = [tuple(row[name] for name in names) for row in dataset], False
+    pictures = defaultdict(list)
+    for index, key in enumerate(keys):
+        pictures[(index,) if several or key[-1] is None else key].append(index)
+    groups = []
+    for key, indices in pictures.items():
+        order = stable_generator(seed, key).permutation(len(indices))
+        indices = [indices[i] for i in order]
+        groups.extend(indices[start : start + max_questions] for start in range(0, len(indices), max_questions))
+    return GroupedRows(dataset, groups)

@@ -1,0 +1,240 @@
+"""The one row schema: a conversation about its image or images, with one box and/or mask per `<vis>`.
+
+A row is a dictionary with the columns of `row_features`:
+
+| column | content |
+| --- | --- |
+| `image` | a PIL image (or a list of them: `row_features(several_images=True)`) |
+| `messages` | list of {`role`, `content`}; `<image>` opens the first user turn, once per image; a `<vis>` per signal |
+| `boxes` | per `<vis>`, in reading order: xyxy in absolute pixels of the original image, or None |
+| `masks` | per `<vis>`: {`size`: [height, width], `counts`: str}, compressed COCO RLE, or None |
+| `task` | one of `TASKS` |
+| `source`, `image_id`, `split` | strings |
+| `width`, `height` | of the (first) original image, pixels |
+"""
+
+import math
+import re
+
+from datasets import Features, Image, List, Value
+from pycocotools import mask as coco_mask
+
+from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+
+
+TASKS = (
+    "caption",
+    "region_caption",
+    "refer",
+    "detect",
+    "box_to_mask",
+    "no_target",
+    "spotting_caption",
+    "vqa",
+    "region_vqa",
+    "grounded_vqa",
+    "reasoning",
+    "dialogue",
+)
+DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
+MAX_OVERHANG_PIXELS = 1.0
+
+
+def row_features(several_images: bool = False) -> Features:
+    """The `datasets.Features` of the schema; `several_images` makes `image` a list of images."""
+    image = Image(mode="RGB")
+    return Features(
+        {
+            "image": List(image) if several_images else image,
+            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "boxes": List(List(Value("float64"))),
+            "masks": List({"size": List(Value("int32")), "counts": Value("string")}),
+            "task": Value("string"),
+            "source": Value("string"),
+            "image_id": Value("string"),
+            "split": Value("string"),
+            "width": Value("int32"),
+            "height": Value("int32"),
+        }
+    )
+
+
+def row_images(row: dict) -> list:
+    """The images of a row as a list."""
+    return list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
+
+
+def row_to_messages(row: dict) -> list[dict]:
+    """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
+
+    The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
+    `<vis>` becomes a `box`, a `mask` or a `region` (both) item, as its slot says. `<p>..</p>` stays in the text.
+
+    Raises:
+        ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
+    """
+    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], strict=True))
+    contents = [message["content"] for message in row["messages"]]
+    for token, values in ((IMAGE_TOKEN, images), (VIS_TOKEN, slots)):
+        found = sum(content.count(token) for content in contents)
+        if found != len(values):
+            raise ValueError(f"{describe_row(row)}: {found} {token} in the messages, but {len(values)} values")
+    images, slots = iter(images), iter(slots)
+    messages = []
+    for message, content in zip(row["messages"], contents, strict=True):
+        items = []
+        for piece in re.split(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIS_TOKEN)})", content):
+            if piece == IMAGE_TOKEN:
+                items.append({"type": "image", "image": next(images)})
+            elif piece == VIS_TOKEN:
+                box, mask = next(slots)
+                given = {name: value for name, value in (("box", box), ("mask", mask)) if value is not None}
+                items.append({"type": "region" if len(given) == 2 else next(iter(given)), **given})
+            elif piece:
+                items.append({"type": "text", "text": piece})
+        messages.append({"role": message["role"], "content": items})
+    return messages
+
+
+def describe_row(row: dict, index: int | str | None = None) -> str:
+    """A short name of a row for error messages."""
+    place = "row" if index is None else f"row {index}"
+    return f"{place} (source {row.get('source')!r}, image {row.get('image_id')!r}, task {row.get('task')!r})"
+
+
+def validate_row(row: dict, index: int | str | None = None, with_images: bool = True) -> tuple[dict, int]:
+    """Check a row against the schema.
+
+    Args:
+        row: a row with the columns of `row_features`.
+        index: its number or name, for the error message.
+        with_images: False admits a row whose picture is not at hand (`image` None).
+
+    Returns:
+        The row with its boxes as floats, clipped to the image, and how many boxes overhung the image by at most
+        one pixel and were clipped.
+
+    Raises:
+        ValueError: naming the row, the value and what was expected.
+    """
+    name = describe_row(row, index)
+    missing = [column for column in row_features() if column not in row]
+    if missing:
+        raise ValueError(f"{name}: missing columns {missing}")
+    if row["task"] not in TASKS:
+        raise ValueError(f"{name}: task {row['task']!r} is none of {', '.join(TASKS)}")
+    _validate_messages(row, name, with_images)
+    several = len(row_images(row)) > 1  # width and height are those of the first image only
+    if not several and min(row["width"], row["height"]) < 1:
+        raise ValueError(f"{name}: image of {row['width']} x {row['height']} pixels")
+
+    boxes, clipped = [], 0
+    for slot, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True)):
+        if box is None and mask is None:
+            raise ValueError(f"{name}: slot {slot} has neither box nor mask")
+        if box is not None:
+            size = (math.inf, math.inf) if several else (row["width"], row["height"])
+            box, was_clipped = clip_box(box, *size, name=f"{name}, slot {slot}")
+            clipped += was_clipped
+        if mask is not None:
+            _validate_mask(mask, None if several else [row["height"], row["width"]], f"{name}, slot {slot}")
+        boxes.append(box)
+    return {**row, "boxes": boxes}, clipped
+
+
+def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[list[float], bool]:
+    """Check one xyxy box in pixels against an image of `width` x `height`; clip an overhang of at most one pixel.
+
+    Returns:
+        The box as floats, and whether it was clipped.
+
+    Raises:
+        ValueError: if it has not four finite numbers, no area, or overhangs by more than a pixel.
+    """
+    try:
+        x0, y0, x1, y1 = (float(value) for value in box_xyxy_pixels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: box {box_xyxy_pixels!r} is not four numbers [x0, y0, x1, y1]") from error
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} has a value that is not finite")
+    overhang = max(-x0, -y0, x1 - width, y1 - height)
+    if overhang > MAX_OVERHANG_PIXELS:
+        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} lies {overhang:g} px outside the {width} x {height} image")
+    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} has no area; expected x0 < x1 and y0 < y1")
+    return clipped, overhang > 0
+
+
+def _validate_messages(row: dict, name: str, with_images: bool) -> None:
+    messages = row["messages"]
+    if not messages:
+        raise ValueError(f"{name}: no messages")
+    for message in messages:
+        if message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
+            raise ValueError(f"{name}: message {message!r} is not a role (system, user, assistant) with a string")
+    contents = [message["content"] for message in messages]
+    images = row_images(row)
+    if not images or (with_images and any(image is None for image in images)):
+        raise ValueError(f"{name}: column 'image' holds no image")
+    first_user = next((content for message, content in zip(messages, contents) if message["role"] == "user"), "")
+    if not first_user.startswith(IMAGE_TOKEN * len(images)) or "".join(contents).count(IMAGE_TOKEN) != len(images):
+        raise ValueError(
+            f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
+        )
+    slots = sum(content.count(VIS_TOKEN) for content in contents)
+    if not slots == len(row["boxes"]) == len(row["masks"]):
+        raise ValueError(
+            f"{name}: {slots} {VIS_TOKEN} in the messages, {len(row['boxes'])} boxes and {len(row['masks'])} masks; "
+            "expected as many of each"
+        )
+    for content in contents:
+        tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
+        if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
+            raise ValueError(f"{name}: {PHRASE_START_TOKEN} and {PHRASE_END_TOKEN} do not pair up in {content!r}")
+    answer = messages[-1]["content"]
+    if row["task"] in DIRECT_TASKS:
+        expected = r"There is no .+\." if row["task"] == "no_target" else f"({re.escape(VIS_TOKEN)})+"
+        if messages[-1]["role"] != "assistant" or not re.fullmatch(expected, answer):
+            raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
+
+
+def _validate_mask(mask: dict, size: list[int] | None, name: str) -> None:
+    if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
+        raise ValueError(f"{name}: mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
+    if size is not None and list(mask["size"]) != size:
+        raise ValueError(f"{name}: mask of size {list(mask['size'])}, expected [height, width] = {size}")
+    decode_rle(mask, name)
+
+
+def decode_rle(mask: dict, name: str = "mask"):
+    """Decode a compressed COCO RLE into a uint8 array (height, width); `ValueError` if it is broken or empty."""
+    height, width = (int(side) for side in mask["size"])
+    runs = rle_runs(mask["counts"], name)
+    if sum(runs) != height * width or min(runs) < 0:
+        raise ValueError(f"{name}: run lengths sum up to {sum(runs)}, expected {height} x {width} = {height * width}")
+    if sum(runs[1::2]) == 0:
+        raise ValueError(f"{name}: the mask is empty")
+    return coco_mask.decode({"size": [height, width], "counts": mask["counts"].encode("ascii")})
+
+
+def rle_runs(counts: str, name: str = "mask") -> list[int]:
+    """The run lengths of a compressed COCO RLE string (LEB128-like, differences from the run two before).
+
+    pycocotools reads past the end of its buffers on a broken string, so strings are checked here first.
+    """
+    runs, value, shift = [], 0, 0
+    for character in counts:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError(f"{name}: {character!r} does not belong into the RLE string {counts[:40]!r}")
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if not code & 0x20:
+            if code & 0x10:
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    if shift or not runs:
+        raise ValueError(f"{name}: the RLE string {counts[:40]!r} ends too early")
+    return runs

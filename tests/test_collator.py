@@ -1,0 +1,237 @@
+"""The collator: labels, seeded draws, packing, the finer mask path."""
+
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset
+from drawn_rows import drawn_rows
+from transformers import LlamaConfig, MistralConfig
+
+from perceptiongpt.data.collator import (
+    IGNORED_LABEL,
+    PerceptionCollator,
+    answer_slots,
+    group_rows_by_image,
+    packing_window,
+)
+from perceptiongpt.data.schema import row_features
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_model):
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return drawn_rows(4)
+
+
+def one_row(batch: dict, index: int, slots: int) -> dict:
+    """The signals of one row of a batch, without padding."""
+    names = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read", "boxes_noise")
+    return {name: batch[name][index, :slots] for name in names}
+
+
+def test_shapes_and_dtypes(tiny, rows):
+    model, processor = tiny
+    batch = PerceptionCollator(processor)(rows[:5])
+    size = model.config.mask_config.size
+    assert batch["boxes"].shape == batch["boxes_noise"].shape == (5, 4, 4)
+    assert batch["boxes"].dtype == batch["boxes_noise"].dtype == torch.float32
+    assert batch["masks"].shape == (5, 4, size, size) and batch["masks"].dtype == torch.uint8
+    for name in ("boxes_valid", "masks_valid", "boxes_read", "masks_read"):
+        assert batch[name].shape == (5, 4) and batch[name].dtype == torch.bool
+    assert batch["pixel_values"].shape[0] == 5
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    lengths = batch["attention_mask"].sum(1)
+    assert all((mask[:length] == 1).all() for mask, length in zip(batch["attention_mask"], lengths))  # right padding
+    nothing = PerceptionCollator(processor)(rows[4:5])
+    assert nothing["boxes"].shape == (1, 0, 4) and nothing["masks"].shape == (1, 0, size, size)
+
+
+def test_labels_are_the_answers_alone(tiny, rows):
+    _, processor = tiny
+    batch = PerceptionCollator(processor)(rows[:5])
+    end = processor.tokenizer.eos_token
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        supervised = labels != IGNORED_LABEL
+        assert torch.equal(labels[supervised], ids[supervised])
+        assert processor.tokenizer.decode(ids[supervised]).strip() == row["messages"][-1]["content"] + end
+        assert not (ids[supervised] == processor.image_token_id).any()
+    answers = answer_slots(batch["input_ids"], batch["labels"], processor.vis_token_id, 4)
+    assert answers.int().sum(1).tolist() == [1, 1, 1, 3, 0]
+    assert answers[3].tolist() == [False, True, True, True]
+
+
+def test_same_row_and_epoch_draw_the_same_whatever_the_batch(tiny, rows):
+    _, processor = tiny
+    collator = PerceptionCollator(processor)
+    together = collator(rows)
+    state = torch.get_rng_state()
+    for index, row in enumerate(rows):
+        alone = collator([row])
+        assert (torch.get_rng_state() == state).all()
+        for name, value in one_row(together, index, len(row["boxes"])).items():
+            assert torch.equal(value, alone[name][0]), name
+    reversed_batch = collator(rows[::-1])
+    assert torch.equal(reversed_batch["boxes_noise"].flip(0), together["boxes_noise"])
+    copied = pickle.loads(pickle.dumps(collator))
+    assert torch.equal(copied(rows)["boxes_noise"], together["boxes_noise"])
+    collator.set_epoch(1)
+    assert not torch.equal(collator(rows)["boxes_noise"], together["boxes_noise"])
+    collator.set_epoch(0)
+    assert torch.equal(collator(rows)["boxes_noise"], together["boxes_noise"])
+    other_seed = PerceptionCollator(processor, seed=1)(rows)
+    assert not torch.equal(other_seed["boxes_noise"], together["boxes_noise"])
+    cached = PerceptionCollator(processor, cache_rows=3)
+    for _ in range(2):
+        again = cached(rows)
+        assert all(torch.equal(again[name], together[name]) for name in together)
+    assert len(cached._cache) == 3
+
+
+def test_what_is_read_is_drawn_as_asked(tiny, rows):
+    _, processor = tiny
+    asked = {"box": 0.5, "mask": 0.2, "both": 0.3}
+    collator = PerceptionCollator(processor, read_probabilities=asked, cache_rows=5)
+    drawn, jitter = Counter(), []
+    for epoch in range(150):
+        collator.set_epoch(epoch)
+        batch = collator(rows[:4])
+        box, mask = batch["boxes_read"], batch["masks_read"]
+        assert box[1, 0] and not mask[1, 0]  # with one signal only, that one is read
+        assert box[3, 0] and not mask[3, 0] and not batch["boxes_noise"][3, 0].any()  # the prompt's, as it is
+        assert (box | mask)[batch["boxes_valid"] | batch["masks_valid"]].all()
+        drawn.update(zip(box[3, 1:].tolist(), mask[3, 1:].tolist(), strict=True))
+        read = batch["boxes"] + batch["boxes_noise"]
+        valid = read[batch["boxes_valid"]]
+        assert (valid >= 0).all() and (valid <= 1).all() and (valid[:, :2] < valid[:, 2:]).all()
+        sides = (batch["boxes"][3, 1:, 2:] - batch["boxes"][3, 1:, :2]).repeat(1, 2)
+        jitter.append(batch["boxes_noise"][3, 1:] / sides)
+    total = sum(drawn.values())
+    shares = {(True, False): "box", (False, True): "mask", (True, True): "both"}
+    for key, name in shares.items():
+        assert drawn[key] / total == pytest.approx(asked[name], abs=0.08)
+    assert torch.cat(jitter).std().item() == pytest.approx(0.02, rel=0.15)
+    evaluation = collator.for_evaluation()(rows[:4])
+    assert not evaluation["boxes_noise"].any() and torch.equal(evaluation["boxes_read"], evaluation["boxes_valid"])
+
+
+def test_jitter_keeps_boxes_valid_at_the_border_and_at_any_size(tiny, rows):
+    _, processor = tiny
+    collator = PerceptionCollator(processor, box_jitter=0.1, cache_rows=0)
+    width, height = rows[0]["width"], rows[0]["height"]
+    for box in ([0, 0, width, height], [0, 0, 0.01, 0.01], [width - 0.01, height - 0.01, width, height]):
+        for epoch in range(20):
+            collator.set_epoch(epoch)
+            batch = collator([{**rows[1], "boxes": [box]}])
+            read = (batch["boxes"] + batch["boxes_noise"])[0, 0]
+            assert (read >= 0).all() and (read <= 1).all() and (read[:2] < read[2:]).all()
+
+
+def test_a_row_that_cannot_be_is_an_error(tiny, rows):
+    _, processor = tiny
+    with pytest.raises(ValueError, match="max_length is 20"):
+        PerceptionCollator(processor, max_length=20)(rows[:1])
+    with pytest.raises(ValueError, match="read_probabilities"):
+        PerceptionCollator(processor, read_probabilities={"boxes": 1.0})
+    with pytest.raises(ValueError, match="box_jitter"):
+        PerceptionCollator(processor, box_jitter=0.5)
+    prompt_only = {**rows[4], "messages": rows[4]["messages"][:1]}
+    with pytest.raises(ValueError, match="supervised"):
+        PerceptionCollator(processor)([prompt_only])
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_packed_equals_alone(make_tiny_model, rows, family, implementation):
+    model, processor = make_tiny_model(family)
+    model.set_attn_implementation({"text_config": implementation})
+    packed = PerceptionCollator(processor, model.config, pack=5)(rows)
+    alone = PerceptionCollator(processor)(rows)
+    assert packed["input_ids"].shape[0] == packed["pixel_values"].shape[0] == 4
+    assert packed["attention_mask"].shape == (4, 1, *[packed["input_ids"].shape[1]] * 2)
+    losses = []
+    for batch in (packed, alone):
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        gradient = model.model.multi_modal_projector.linear_1.weight.grad.clone()
+        terms = [output.loss_lm, output.loss_box, output.loss_mask, output.loss_iou]
+        losses.append((torch.stack(terms), gradient, output))
+    torch.testing.assert_close(losses[0][0], losses[1][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-5, rtol=1e-4)
+    for batch, (_, _, output) in zip((packed, alone), losses):
+        supervised = batch["labels"][:, 1:] != IGNORED_LABEL
+        answers = answer_slots(batch["input_ids"], batch["labels"], processor.vis_token_id, batch["boxes"].shape[1])
+        batch["found"] = (
+            output.logits[:, :-1][supervised],
+            output.pred_boxes[answers],
+            output.pred_mask_logits[answers],
+        )
+    for found, expected in zip(packed["found"], alone["found"], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_packed_by_picture(tiny, rows):
+    model, processor = tiny
+    collator = PerceptionCollator(processor, model.config, pack=2)
+    assert collator(rows[:5])["input_ids"].shape[0] == 3  # 2 + 2 + 1 questions
+    assert collator(rows[4:6])["input_ids"].shape[0] == 2  # two pictures
+    assert collator([rows[:5]])["input_ids"].shape[0] == 1  # a list is packed as it is
+    system = [{"role": "system", "content": "Look well."}, *rows[1]["messages"]]
+    with pytest.raises(ValueError, match="same picture"):
+        collator([[rows[0], {**rows[1], "messages": system}]])
+
+
+def test_grouping_covers_every_row_once(rows):
+    dataset = Dataset.from_list(rows, features=row_features())
+    for source in (dataset, rows):
+        groups = group_rows_by_image(source, 3)
+        lists = [groups[index] for index in range(len(groups))]
+        assert sorted(map(len, lists)) == [2] * 4 + [3] * 4
+        found = Counter((row["image_id"], str(row["messages"])) for group in lists for row in group)
+        assert found == Counter((row["image_id"], str(row["messages"])) for row in rows)
+        assert all(len({row["image_id"] for row in group}) == 1 for group in lists)
+        assert all(row["image"] is group[0]["image"] for group in lists for row in group)
+    assert groups.groups == group_rows_by_image(dataset, 3).groups
+    with pytest.raises(ValueError, match="at least 1"):
+        group_rows_by_image(dataset, 0)
+
+
+def test_packing_is_refused_where_it_cannot_be(tiny, rows):
+    model, processor = tiny
+    flash = LlamaConfig()
+    flash._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        PerceptionCollator(processor, flash, pack=2)
+    with pytest.raises(ValueError, match="needs the model's config"):
+        PerceptionCollator(processor, pack=2)
+    with pytest.raises(ValueError, match="sliding window of 40"):
+        PerceptionCollator(processor, MistralConfig(sliding_window=40), pack=5)(rows[:5])
+    assert packing_window(MistralConfig(sliding_window=None)) is None
+    assert packing_window(model.config) is None
+
+
+# ---- finer mask path -------------------------------------------------------------------------------------------------
+
+
+def test_fine_pictures_only_where_a_mask_is_wanted(make_tiny_model, rows):
+    model, processor = make_tiny_model(mask_image_size=64)
+    batch = PerceptionCollator(processor)(rows[:5])
+    assert batch["mask_image_index"].tolist() == [0, -1, 1, 2, -1]
+    assert batch["mask_pixel_values"].shape[0] == 3
+    found = model(**batch)
+    fine = [processor.image_processor(rows[0]["image"], size={"height": 64, "width": 64}, return_tensors="pt")] * 5
+    everything = {key: value for key, value in batch.items() if key != "mask_image_index"}
+    everything["mask_pixel_values"] = torch.cat([picture["pixel_values"] for picture in fine])
+    torch.testing.assert_close(found.loss_mask, model(**everything).loss_mask)
+    without = PerceptionCollator(processor)([rows[1], rows[4]])
+    assert "mask_pixel_values" not in without and "mask_image_index" not in without
+    assert torch.isfinite(model(**without).loss)

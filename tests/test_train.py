@@ -1,0 +1,511 @@
+"""train.py: equal losses and gradients however a step is cut up, exact resume, adapters, recipes, refusals.
+
+`python tests/test_train.py FOLDER OUTPUT` is one process of the two-process test.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from drawn_rows import drawn_rows
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from backbones import TINY_SIGNALS
+from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
+from perceptiongpt import train as training
+from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
+
+
+class KeepGradients(TrainerCallback):
+    """Copies the gradients of the first optimizer step, then stops."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+        control.should_log = True
+
+
+def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, dict]:
+    """Losses and gradients (by name) of the first step of a full fine-tuning."""
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(folder)
+    processor = PerceptionGPTProcessor.from_pretrained(folder)
+    keep = KeepGradients()
+    arguments = {"use_cpu": True, "max_grad_norm": 0.0, "seed": 3, "disable_tqdm": True, **arguments}
+    trainer = training.PerceptionTrainer(
+        model=training.add_adapter(model, "full", train_vision_tower=True),
+        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, **arguments}),
+        data_collator=PerceptionCollator(processor),
+        train_dataset=drawn_rows(4) if rows is None else rows,
+        processing_class=processor,
+        callbacks=[keep],
+    )
+    trainer.train()
+    losses = {key: trainer.state.log_history[0][key] for key in ("loss", *training.LOSS_TERMS)}
+    return losses, keep.gradients
+
+
+def assert_same_step(first: tuple[dict, dict], second: tuple[dict, dict]) -> None:
+    for name, loss in first[0].items():
+        assert loss == pytest.approx(second[0][name], abs=1e-4), name
+        assert loss > 0 and math.isfinite(loss)
+    assert first[1].keys() == second[1].keys()
+    for name, gradient in first[1].items():
+        torch.testing.assert_close(gradient, second[1][name], atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+    assert sum(gradient.abs().sum() for gradient in first[1].values()) > 1
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tiny_model_dir, tmp_path_factory):
+    return first_step(tiny_model_dir, str(tmp_path_factory.mktemp("whole")), per_device_train_batch_size=8)
+
+
+def test_accumulation_equals_one_batch(tiny_model_dir, tmp_path, whole_batch):
+    # The drawn rows have 0, 1 or 3 targets, with boxes, masks or both: every micro-batch holds another number of them.
+    accumulated = first_step(
+        tiny_model_dir, str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    assert_same_step(whole_batch, accumulated)
+
+
+def test_every_parameter_the_loss_can_reach_gets_a_gradient(tiny_model_dir, whole_batch):
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir)
+    training.add_adapter(model, "full", train_vision_tower=True)
+    assert set(whole_batch[1]) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny_model_dir, tmp_path, whole_batch):
+    port = free_port()
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, tiny_model_dir, str(tmp_path)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        printed, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, printed[-4000:]
+    for rank in range(2):
+        losses, gradients, evaluation = torch.load(tmp_path / f"rank{rank}.pt")
+        if rank == 0:  # only the first process logs
+            assert_same_step(whole_batch, (losses, gradients))
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole_batch[1][name], atol=1e-4, rtol=1e-4)
+    expected = evaluate(tiny_model_dir, str(tmp_path / "one"), per_device_eval_batch_size=7)
+    for name, value in expected.items():
+        assert evaluation[name] == pytest.approx(value, abs=1e-4), name
+
+
+def evaluate(folder: str, output: str, **arguments) -> dict:
+    """Evaluation metrics of an untrained model on drawn rows."""
+    processor = PerceptionGPTProcessor.from_pretrained(folder)
+    rows = drawn_rows(2)
+    trainer = training.PerceptionTrainer(
+        model=PerceptionGPTForConditionalGeneration.from_pretrained(folder),
+        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
+        data_collator=PerceptionCollator(processor),
+        eval_dataset=rows,
+        processing_class=processor,
+        generation_rows=[row for row in rows if row["task"] != "dialogue" and row["masks"] != [None]],
+        generate_batch_size=2,
+        generate_tokens=3,
+    )
+    metrics = trainer.evaluate()
+    timing = ("runtime", "per_second", "preparation_time")
+    return {name: value for name, value in metrics.items() if not name.endswith(timing)}
+
+
+def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
+    one, three = (evaluate(tiny_model_dir, str(tmp_path), per_device_eval_batch_size=size) for size in (1, 3))
+    assert {f"eval_{name}" for name in ("loss", *training.LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
+    assert one == pytest.approx(three, abs=1e-5)
+    assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in training.LOSS_TERMS))
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory):
+    """A COCO folder of drawn pictures: 3 pictures, 3 objects each of 2 categories."""
+    folder = tmp_path_factory.mktemp("coco")
+    images, annotations = [], []
+    for picture, row in enumerate(drawn_rows(3)[3::5]):
+        row["image"].save(folder / f"{picture}.png")
+        images.append({"id": picture, "file_name": f"{picture}.png", "width": row["width"], "height": row["height"]})
+        for index, (x0, y0, x1, y1) in enumerate(row["boxes"][1:]):
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": picture,
+                    "category_id": index % 2,
+                    "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                }
+            )
+    categories = [{"id": index, "name": name} for index, name in enumerate(("bar", "block", "ball"))]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_recipe(coco_folder: Path, model: dict, mode: str = "lora", **arguments) -> dict:
+    source = {"annotations": str(coco_folder / "instances.json"), "images": str(coco_folder)}
+    return training.complete_recipe(
+        {
+            "model": model,
+            "adapter": {"mode": mode, "rank": 4},
+            "data": {"train": source, "eval": {**source, "limit": 1}, "generate_rows": 3, "generate_tokens": 3},
+            "training": {
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "logging_steps": 2,
+                **arguments,
+            },
+        }
+    )
+
+
+def state_of(folder: Path) -> dict:
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(folder)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("mode", "pack"), [("lora", None), ("full", 3)])
+def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_path, mode, pack):
+    arguments = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    if pack:
+        arguments["per_device_train_batch_size"] = 1
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, mode, **arguments)
+    recipe["collator"]["pack"] = pack
+    recipe["adapter"]["dropout"] = 0.1  # the torch generator's state must come back too
+    whole = training.train(recipe, tmp_path / "whole")
+    assert whole.state.epoch > 1
+
+    class Killed(RuntimeError):
+        pass
+
+    class Kill(training.PerceptionTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 6:
+                raise Killed
+            return super().training_step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "PerceptionTrainer", Kill)
+        training.train(recipe, tmp_path / "cut")
+    resumed = training.train(recipe, tmp_path / "cut", resume=True)
+
+    expected, found = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    histories = [
+        [{key: value for key, value in entry.items() if "loss" in key or "@" in key} for entry in run.log_history[:-1]]
+        for run in (whole.state, resumed.state)
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("mode", ["lora", "heads"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family, mode):
+    model, processor = make_tiny_model(family)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    before = state_of(base)
+    recipe = make_recipe(coco_folder, {"checkpoint": str(base)}, mode, max_steps=20)
+    trainer = training.train(recipe, tmp_path / "run")
+    after = state_of(tmp_path / "run")
+    assert before.keys() == after.keys()
+    config = model.config
+    added = processor.tokenizer.convert_tokens_to_ids(list(processor.tokenizer.get_added_vocab()))
+    added = torch.tensor([i for i in added if i >= config.image_token_id])
+    assert len(added) == 12
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        moved = (before[name] != after[name]).any(1)
+        assert not moved[torch.isin(torch.arange(len(moved)), added, invert=True)].any()
+        if name == "lm_head.weight":
+            assert moved[added].all()  # the softmax reaches every row
+    assert config.tie_word_embeddings == (family == "llama_tied")
+    if config.tie_word_embeddings:
+        assert torch.equal(after["lm_head.weight"], after["model.language_model.embed_tokens.weight"])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = {name.split(".")[1] for name in moved if name.startswith("model.")}
+    assert not any("vision_tower" in name for name in moved)
+    projections = [name for name in moved if ".language_model.layers." in name]
+    if mode == "lora":
+        assert {name.split(".")[-2] for name in projections} == set(training.LORA_TARGETS)
+    else:
+        assert not projections
+    assert set(training.own_modules(model)) <= parts
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/losses.png").exists() and Image.open(tmp_path / "run/losses.png").width > 500
+    inputs = PerceptionCollator(processor)(drawn_rows(1))
+    reloaded = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
+    torch.testing.assert_close(trainer.model.eval()(**inputs).logits, reloaded(**inputs).logits)
+
+
+def test_merged_model_equals_its_adapter(tiny_model_dir, coco_folder, tmp_path):
+    from peft import PeftModel
+
+    training.train(make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, max_steps=3), tmp_path)
+    inputs = PerceptionCollator(PerceptionGPTProcessor.from_pretrained(tmp_path))(drawn_rows(1))
+    merged = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path).eval()
+    base = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir)
+    with_adapter = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    first, second = merged(**inputs), with_adapter(**inputs)
+    torch.testing.assert_close(first.logits, second.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first.pred_boxes, second.pred_boxes, atol=1e-4, rtol=1e-4)
+
+
+def test_from_backbones_with_packing_and_loss_weights(tiny_backbones, coco_folder, tmp_path, capsys):
+    backbones = tiny_backbones("qwen3", "siglip")
+    config = {"box_config": {"hidden_size": 32}, "mask_config": {"hidden_size": 16, "num_attention_heads": 2}}
+    model = {"vision": backbones.vision, "text": backbones.text, "config": config}
+    recipe = make_recipe(coco_folder, model, "full", max_steps=2)
+    recipe["collator"]["pack"] = 4
+    recipe["loss"] = {"lm": 0.5, "box_giou": 3, "mask_dice": 1}
+    training.train(recipe, tmp_path)
+    saved = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path).config
+    assert (saved.lm_loss_weight, saved.box_config.giou_weight, saved.mask_config.dice_weight) == (0.5, 3.0, 1.0)
+    assert "language_model" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="loss.box_iuo"):
+        training.load_model({**recipe, "loss": {"box_iuo": 1}})
+
+
+def test_quantized_training_merges_into_a_plain_model(tiny_backbones, make_tiny_model, coco_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    _, processor = make_tiny_model()
+    config = AutoConfig.from_pretrained(tiny_backbones().text)
+    config.intermediate_size = 128  # 4-bit blocks are 64 wide
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "text")
+    processor.tokenizer.save_pretrained(tmp_path / "text")
+    model = PerceptionGPTForConditionalGeneration.from_vision_text_pretrained(
+        tiny_backbones().vision, str(tmp_path / "text"), **TINY_SIGNALS
+    )
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    recipe = make_recipe(coco_folder, {"checkpoint": str(tmp_path / "base")}, "qlora", max_steps=2)
+    training.train(recipe, tmp_path / "run")
+    before, after = state_of(tmp_path / "base"), state_of(tmp_path / "run")
+    assert {name: value.shape for name, value in before.items()} == {name: v.shape for name, v in after.items()}
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert "quantization_config" not in json.loads((tmp_path / "run/config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe_of_processes", "mode"), [("cpu", "lora"), ("fsdp2", "lora"), ("fsdp2", "full")])
+def test_shipped_process_recipes(tiny_model_dir, coco_folder, tmp_path, recipe_of_processes, mode):
+    shipped = Path(training.__file__).parent / f"recipes/accelerate/{recipe_of_processes}.yaml"
+    processes = {**yaml.safe_load(shipped.read_text()), "use_cpu": True, "main_process_port": int(free_port())}
+    (tmp_path / "processes.yaml").write_text(yaml.safe_dump(processes))
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir, "dtype": "bfloat16"}, mode, max_steps=2)
+    recipe["training"] |= {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "processes.yaml")]
+    command += [training.__file__, "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    assert any("eval_emission" in entry for entry in history)
+    before, after = state_of(Path(tiny_model_dir)), state_of(tmp_path / "run")
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert {value.dtype for name, value in after.items() if "box_decoder" in name} == {torch.float32}
+    assert any(not torch.equal(value.to(after[name]), after[name]) for name, value in before.items())
+
+
+def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):
+    rows = drawn_rows(2)
+    groups = group_rows_by_image(rows, 5)
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
+    args = TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True)
+    counts = []
+    for batch in (
+        PerceptionCollator(processor, model.config, pack=5)([groups[0], groups[1]]),
+        PerceptionCollator(processor)(rows),
+    ):
+        trainer = training.PerceptionTrainer(
+            model=model, args=args, data_collator=PerceptionCollator(processor), processing_class=processor
+        )
+        counts.append(trainer.count_targets([batch]).tolist())
+    # Per picture 1 + 1 + 1 + 3 answers; the second has no mask, the third's box is its mask's.
+    assert counts[0] == counts[1] and counts[0][1:] == [12, 10]
+
+
+def test_coordinates_stay_float32_where_inputs_are_cast(tiny_model_dir, tmp_path, monkeypatch):
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    trainer = training.PerceptionTrainer(
+        model=PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir),
+        args=TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True),
+        data_collator=PerceptionCollator(processor),
+        processing_class=processor,
+    )
+    batch = PerceptionCollator(processor)(drawn_rows(1))
+    cast = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    monkeypatch.setattr(training.Trainer, "_prepare_inputs", lambda self, inputs: dict(cast))  # as under DeepSpeed
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["pixel_values"].dtype == torch.bfloat16
+    assert torch.equal(prepared["boxes"], batch["boxes"]) and torch.equal(prepared["boxes_noise"], batch["boxes_noise"])
+
+
+# ---- adapters, scores, recipes, refusals -----------------------------------------------------------------------------
+
+
+def test_parameter_table_counts_what_is_trained(tiny_model):
+    model, _ = tiny_model
+    size = sum(parameter.numel() for parameter in model.parameters())
+    adapted = training.add_adapter(model, "lora", rank=4)
+    table = {part: (trainable, total) for part, trainable, total in training.parameter_table(adapted)}
+    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert table["all"] == (trainable, size + table["language_model (LoRA)"][1] + table["rows of added tokens"][1])
+    assert table["language_model"][0] == table["vision_tower"][0] == table["lm_head"][0] == 0
+    assert table["rows of added tokens"][0] == 2 * 12 * model.config.text_config.hidden_size
+    assert table["box_decoder"][0] == table["box_decoder"][1] > 0
+    with pytest.raises(ValueError, match="train_vision_tower"):
+        training.add_adapter(model, "lora", train_vision_tower=True)
+
+
+@pytest.mark.parametrize(("layers", "hidden", "mlp", "heads"), [(32, 4096, 11008, 32), (40, 5120, 13824, 40)])
+def test_shares_of_trainable_parameters_at_vicuna_shapes(layers, hidden, mlp, heads):
+    text = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064}
+    for targets, limit in ((training.LORA_TARGETS, 0.029), (("q_proj", "v_proj"), 0.015)):
+        with torch.device("meta"):
+            model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=dict(text)))
+            model = training.add_adapter(model, "lora", rank=32, target_modules=targets)
+        _, trainable, total = training.parameter_table(model)[-1]
+        assert 0 < trainable / total <= limit
+
+
+def test_scores_of_answers():
+    refer, *_, no_target = drawn_rows(1)
+    mask = training.decode_rle(refer["masks"][0]).astype(bool)
+    right = {"objects": [{"box": refer["boxes"][0], "mask": mask}]}
+    assert training.score_answer(refer, right) == [1, 1, 1, 1, 1, 1]
+    assert training.score_answer(refer, {"objects": []}) == [1, 0, 1, 0, 0, 0]
+    x0, y0, x1, y1 = refer["boxes"][0]
+    half = {"objects": [{"box": [x0, y0, (x0 + x1) / 2, y1], "mask": ~mask}] * 2}
+    assert training.score_answer(refer, half) == [1, 0, 1, 1, 0, 0]
+    assert training.score_answer(no_target, {"objects": []}) == [1, 1, 0, 0, 0, 0]
+    assert training.score_answer(no_target, right) == [1, 0, 0, 0, 0, 0]
+
+
+def test_recipe_overrides_and_numbers(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: {checkpoint: somewhere}\ndata: {train: {annotations: a}}\ntraining: {learning_rate: 3e-4}\n"
+    )
+    overrides = ["data.train.images=b", "training.max_steps=20", "collator.pack=4", "training.bf16=true"]
+    recipe = training.read_recipe(path, overrides)
+    assert recipe["data"]["train"] == [{"annotations": "a", "images": "b"}]
+    assert recipe["training"] == {"learning_rate": 3e-4, "max_steps": 20, "bf16": True}
+    assert type(recipe["training"]["max_steps"]) is int
+    assert recipe["adapter"]["rank"] == 32 and recipe["collator"]["pack"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", "'training.learning_rat'.*training.learning_rate"),
+        ("max_steps=3", "'max_steps'.*training.max_steps"),
+        ("adaptor.mode=lora", "'adaptor'.*adapter"),
+        ("collator.box_jiter=0", "collator.box_jitter"),
+        ("data.train.anotations=x", "data.train.annotations"),
+        ("data.train.source=lvis", "none of coco"),
+        ("training.output_dir=x", "unknown key 'training.output_dir'"),
+        ("adapter.mode=lore", "none of heads, lora, qlora, full"),
+        ("model.vision=x", "vision together with text"),
+        ("model.llava=x", "either checkpoint, or llava"),
+        ("model.config.box_config=1", "sizes are fixed"),
+        ("model=3", "must be a mapping"),
+        ("max_steps", "not key=value"),
+        ("adapter.mode.x=3", "not a section"),
+    ],
+)
+def test_wrong_recipes(tmp_path, override, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {checkpoint: x}\nadapter: {mode: lora}\ndata: {train: {annotations: a, images: b}}\n")
+    with pytest.raises(ValueError, match=message):
+        training.read_recipe(path, [override])
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
+        training.read_recipe(tmp_path / "none.yaml")
+
+
+def test_shipped_recipes_are_complete():
+    folder = Path(training.__file__).parent / "recipes"
+    shipped = sorted(folder.glob("coco_*.yaml"))
+    assert len(shipped) == 4
+    for path in shipped:
+        ways = ["model.vision=a", "model.text=b"] if "heads" in path.name else ["model.checkpoint=a"]
+        recipe = training.read_recipe(path, [*ways, "data.train.annotations=a", "data.train.images=b"])
+        assert f"coco_{recipe['adapter']['mode']}.yaml" == path.name
+    for path in (folder / "accelerate").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["num_processes"] == 2
+
+
+def test_outputs_that_cannot_be_used(tiny_model_dir, coco_folder, tmp_path):
+    recipe = make_recipe(coco_folder, {"checkpoint": "nowhere-at-all"})  # refused before the model is looked for
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        training.train(recipe, tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match="no checkpoint-"):
+        training.train(recipe, tmp_path / "new", resume=True)
+    (tmp_path / "used/checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a checkpoint already; give --resume"):
+        training.train(recipe, tmp_path / "used")
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        training.train(recipe, tiny_model_dir)
+    recipe["data"]["train"][0]["min_area_share"] = 2.0
+    recipe["data"]["train"][0]["tasks"] = ["refer"]
+    with pytest.raises(ValueError, match="gives no rows"):
+        training.train(recipe, tmp_path / "empty")
+
+
+def test_command_line(tiny_model_dir, coco_folder, tmp_path):
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, "heads", max_steps=2, save_steps=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = ["--config", str(path), "--output", str(tmp_path / "run")]
+    training.main([*arguments[:2], "training.max_steps=1", *arguments[2:]])
+    training.main([*arguments, "--resume"])
+    state = json.loads((tmp_path / "run/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    with pytest.raises(SystemExit):
+        training.main(["--config", str(path)])
+
+
+if __name__ == "__main__":
+    checkpoint, output = sys.argv[1:]
+    step = first_step(
+        checkpoint, output, per_device_train_batch_size=2, gradient_accumulation_steps=2, ddp_backend="gloo"
+    )
+    metrics = evaluate(checkpoint, output, per_device_eval_batch_size=2, ddp_backend="gloo")
+    torch.save((*step, metrics), Path(output) / f"rank{os.environ['RANK']}.pt")
