@@ -5,6 +5,7 @@ import math
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+
 IMAGE_TOKEN = "<image>"
 VIS_TOKEN = "<vis>"
 PHRASE_START_TOKEN = "<p>"

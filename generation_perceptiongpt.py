@@ -56,8 +56,8 @@ class SignalState:
         mask_features (`torch.Tensor` of shape `(images, cells, width)` or `None`): what masks are decoded from.
         mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
         image_of_row (`torch.Tensor` of shape `(rows,)`): the last picture of each row, -1 for none.
-        prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of where
-            they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
+        prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
+            where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
         prompt_start (`int`): how many tokens the cache held before them.
         states, probabilities (`list`): of each step, `(rows, hidden)` and p(`<vis>`) of shape `(rows,)`.
         step_embeds (`list`): boxes fed back, `(rows, hidden)` a step; only kept when decoding without a cache.
@@ -217,8 +217,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 )
             if state.from_beams:
                 raise ValueError(
-                    "`past_key_values` comes from a beam search: its rows are the beams that were running at the end, not "
-                    "the sequences that were returned. Continue from `sequences` without a cache."
+                    "`past_key_values` comes from a beam search: its rows are the beams that were running at the end, "
+                    "not the sequences that were returned. Continue from `sequences` without a cache."
                 )
             if len(state.image_of_row) != len(tokens):
                 raise ValueError(
@@ -376,7 +376,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         )
 
     def _image_features(self, state: SignalState, image_of_slot: torch.Tensor, valid: torch.Tensor):
-        """What masks are decoded from, and each slot's index into it; the finer pass sees only pictures with a `<vis>`."""
+        """What masks are decoded from, and each slot's index into it; a finer pass sees pictures with a `<vis>`."""
         if state.mask_pixel_values is not None:
             image_of_slot = torch.where(valid, image_of_slot, -1)
             wanted = image_of_slot[image_of_slot >= 0].unique()
@@ -391,8 +391,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
 
 
 CONTINUOUS_BATCHING_REFUSED = (
-    "Continuous batching is not supported: it schedules rows over a paged cache, which does not carry the boxes that are "
-    "fed back."
+    "Continuous batching is not supported: it schedules rows over a paged cache, which does not carry the boxes "
+    "that are fed back."
 )
 
 

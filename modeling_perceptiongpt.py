@@ -79,7 +79,7 @@ class PerceptionGPTOutputWithPast(ModelOutput):
     pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
         xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
     pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): on the padded square.
-    pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU each is expected to have.
+    pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
     last_hidden_state (`torch.Tensor` of shape `(batch_size, kept, hidden_size)`, *optional*):
         The states that `logits` was read from; left out when there are `labels`.
     hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): of the language model.
@@ -136,8 +136,8 @@ class PositionTable(nn.Module):
     """
     Adds a fixed 2-D position table times a learned gain: a fresh tower says nothing of where its patches lie.
 
-    The table is laid out at `AMPLITUDE` times each picture's features, whatever scale a tower works at: enough for a linear
-    probe of the projected tokens to find the patch with R2 > 0.9, for fresh CLIP, SigLIP and DINOv2 towers alike.
+    The table is laid out at `AMPLITUDE` times each picture's features, whatever scale a tower works at: enough for a
+    linear probe of the projected tokens to find the patch with R2 > 0.9, be the fresh tower CLIP, SigLIP or DINOv2.
     """
 
     AMPLITUDE = 4.0
@@ -191,7 +191,7 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # N(0, 0.02), right for the backbones, would let almost no gradient through the projector and the signal modules.
+        # N(0, 0.02), right for the backbones, would let almost no gradient through the projector and the signals.
         if getattr(module, "is_signal_part", False) and isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
         elif getattr(module, "is_signal_part", False) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -285,7 +285,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         )
 
     def get_mask_features(self, mask_pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_grid * mask_grid, vision_hidden_size)`."""
+        """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_grid**2, vision_hidden_size)`."""
         return self.mask_mixture(self._tower_layers(mask_pixel_values))
 
     def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
@@ -318,7 +318,8 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             image_index (`torch.Tensor` of shape `(N,)`, int64): the picture each state speaks of, -1 for none.
 
         Returns:
-            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and predicted IoU `(N,)`.
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
+            IoU `(N,)`.
         """
         with torch.autocast(states.device.type, enabled=False):
             return {name: signal.decode(self, states, image_features, image_index) for name, signal in SIGNALS.items()}
@@ -333,7 +334,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             return SIGNALS["box"].encode(self, boxes)
 
     def token_mask(self, input_ids, inputs_embeds, token_id: int) -> torch.Tensor:
-        """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding where there are no ids."""
+        """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding if there are no ids."""
         if input_ids is not None:
             return input_ids == token_id
         embedding = self.get_input_embeddings()(torch.tensor([token_id], device=inputs_embeds.device))
@@ -381,7 +382,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             boxes_read, masks_read (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
                 The value enters the embedding of its `<vis>`; by default where it is valid.
             boxes_noise (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*): added to the boxes that are read.
-            signal_embeds, signal_embeds_mask (`torch.Tensor` of shape `(batch_size, n, hidden_size)` and `(batch_size, n)`):
+            signal_embeds, signal_embeds_mask (`(batch_size, n, hidden_size)` and bool `(batch_size, n)`, *optional*):
                 Ready-made embeddings for the last n positions, used where the bool mask is True.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed earlier.
         """
@@ -407,14 +408,14 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             torch_compilable_check(
                 image_mask.sum() == image_features.shape[0] * image_features.shape[1],
                 lambda: (
-                    f"The rows hold {image_mask.sum()} {IMAGE_TOKEN} tokens, the {image_features.shape[0]} pictures given "
-                    f"have {image_features.shape[0] * image_features.shape[1]} features: one token each is expected."
+                    f"The rows hold {image_mask.sum()} {IMAGE_TOKEN} tokens, the {image_features.shape[0]} pictures "
+                    f"given have {image_features.shape[0] * image_features.shape[1]} features: expected one token each."
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
         elif self.training:
-            # Every module runs in every step, here on a blank picture, or processes whose batches differ in kind wait for
-            # each other.
+            # Every module runs in every step, here on a blank picture, or processes whose batches differ in kind
+            # wait for each other.
             side = self.config.vision_config.image_size
             unused = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
             mask_features = unused.mask_features
@@ -464,7 +465,8 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
     def prepare_slots(self, boxes, masks, boxes_valid, masks_valid, boxes_read, masks_read, like) -> dict | None:
         """
-        Fills in what the caller left out of the six signal tensors; `like` is any tensor with the batch's rows and device.
+        Fills in what the caller left out of the six signal tensors; `like` is any tensor with the batch's rows and
+        device.
 
         Returns:
             `dict` of `values`, `valid` and `read`, each by signal name; `None` where there is no slot and no training.
@@ -505,8 +507,8 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
     def slot_positions(self, vis_mask: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Where the k-th `<vis>` of each row stands, `(batch_size, num_slots)`, and whether there is one; of fixed shape, so
-        that the host never waits to learn how many there are.
+        Where the k-th `<vis>` of each row stands, `(batch_size, num_slots)`, and whether there is one; of fixed shape,
+        so that the host never waits to learn how many there are.
         """
         length = vis_mask.shape[1]
         order = vis_mask * torch.arange(length, 0, -1, device=vis_mask.device)
@@ -517,7 +519,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
     def slot_images(self, image_mask: torch.Tensor, positions: torch.Tensor, signal_image_index=None) -> torch.Tensor:
         """
         Index into the flat list of pictures for each slot, `(batch_size, K)`: the last `<image>` before it in its row,
-        unless `signal_image_index` (same shape, index within the row, negative = no choice) says otherwise; -1 for none.
+        unless `signal_image_index` (same shape, index within the row, negative = no choice) says otherwise; -1: none.
         """
         length = self.config.image_seq_length
         seen = image_mask.cumsum(1)
@@ -793,8 +795,8 @@ class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, Percep
     @torch.no_grad()
     def _init_added_rows(self, vocabulary: int, first: int = 0) -> None:
         """
-        Sets the rows of the added tokens with an id of at least `first`, in and out, to the mean of the `vocabulary` rows
-        that were loaded and a little noise, and the signals' scale to the length of the token embeddings.
+        Sets the rows of the added tokens with an id of at least `first`, in and out, to the mean of the `vocabulary`
+        rows that were loaded and a little noise, and the signals' scale to the length of the token embeddings.
         """
         ids = [getattr(self.config, name) for name in TOKEN_ID_NAMES] + self.config.reserved_token_ids
         new = [index for index in ids if index >= first]

@@ -21,8 +21,8 @@ def sine_position_table(grid: int, width: int, device=None) -> torch.Tensor:
         `torch.Tensor` of shape `(grid * grid, width)`, float32, rows of the grid one after the other.
     """
     quarter = width // 4
-    # From a quarter of a wave over the picture, which tells left from right by itself, to four, which tell neighbours in
-    # a grid of 32 apart. Positions run over 0..1, so a finer grid reads the same table at points in between.
+    # From a quarter of a wave over the picture, which tells left from right by itself, to four, which tell neighbours
+    # in a grid of 32 apart. Positions run over 0..1, so a finer grid reads the same table at points in between.
     steps = torch.arange(quarter, dtype=torch.float32, device=device) / max(quarter - 1, 1)
     frequencies = 0.5 * math.pi * 16**steps
     angles = ((torch.arange(grid, dtype=torch.float32, device=device) + 0.5) / grid)[:, None] * frequencies

@@ -1,8 +1,9 @@
 """Tiny random models built from a config alone, and batches of unlike rows for them. No test lives here."""
 
 import torch
-from backbones import TINY_IMAGE_SIZE, TINY_PATCH_SIZE, TINY_SIGNALS
 from transformers import LogitsProcessor
+
+from backbones import TINY_IMAGE_SIZE, TINY_PATCH_SIZE, TINY_SIGNALS
 
 
 VOCABULARY = 120
@@ -61,7 +62,7 @@ def tiny_model(seed: int = 0, **kwargs):
 
 
 def unlike_rows() -> list[dict]:
-    """Five prompts: with a box, with a mask, with two pictures and both signals, without a picture, without a target."""
+    """Five prompts: with a box, a mask, two pictures and both signals, no picture, no target; then the pictures."""
     generator = torch.Generator().manual_seed(7)
     picture = [IMAGE] * GRID_TOKENS
     square = torch.zeros(MASK_SIZE, MASK_SIZE, dtype=torch.uint8)

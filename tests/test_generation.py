@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from rows import GRID_TOKENS, IMAGE, VIS, ForcedVis, batch_and_singles, tiny_model
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
+
+from rows import GRID_TOKENS, IMAGE, VIS, ForcedVis, batch_and_singles, tiny_model
 
 
 TOLERANCE = 1e-4
@@ -104,7 +105,9 @@ def test_batch_of_unlike_rows_equals_each_alone(model, padding):
     together = run(model, batch)
     for index, inputs in enumerate(singles):
         alone = run(model, inputs)
-        assert torch.equal(together.sequences[index, batch["input_ids"].shape[1] :], alone.sequences[0, alone.prompt_length :])
+        assert torch.equal(
+            together.sequences[index, batch["input_ids"].shape[1] :], alone.sequences[0, alone.prompt_length :]
+        )
         seen = together.object_valid[index]
         for name in ("boxes", "mask_logits", "object_scores", "object_mask_scores"):
             torch.testing.assert_close(together[name][index][seen], alone[name][0], atol=TOLERANCE, rtol=TOLERANCE)
@@ -170,7 +173,9 @@ def test_continuing_after_every_cut(model, cut, full_prompt):
     cache = first.past_key_values
     new = {
         "input_ids": first.sequences if full_prompt else first.sequences[:, cache.get_seq_length() :],
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(len(first.sequences), cut, dtype=torch.long)], 1),
+        "attention_mask": torch.cat(
+            [inputs["attention_mask"], torch.ones(len(first.sequences), cut, dtype=torch.long)], 1
+        ),
     }
     steps = tuple(step - cut + (0 if full_prompt else 0) for step in STEPS)
     shown = new["input_ids"].shape[1]
@@ -249,7 +254,12 @@ def test_inputs_embeds_equal_ids(model):
     forced = [ForcedVis(0, STEPS)]
     expected = run(model, singles[0])
     output = model.generate(
-        inputs_embeds=embeds, **inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, logits_processor=forced
+        inputs_embeds=embeds,
+        **inputs,
+        max_new_tokens=10,
+        do_sample=False,
+        return_dict_in_generate=True,
+        logits_processor=forced,
     )
     assert torch.equal(output.sequences, expected.sequences[:, ids.shape[1] :])
     torch.testing.assert_close(output.boxes, expected.boxes, atol=TOLERANCE, rtol=0)
@@ -264,7 +274,9 @@ def test_one_tower_pass_however_many_sequences(model, monkeypatch):
     inputs, _ = batch_and_singles()
     passes = []
     tower = model.model._tower_layers
-    monkeypatch.setattr(model.model, "_tower_layers", lambda pixels, **kwargs: passes.append(len(pixels)) or tower(pixels))
+    monkeypatch.setattr(
+        model.model, "_tower_layers", lambda pixels, **kwargs: passes.append(len(pixels)) or tower(pixels)
+    )
     run(model, inputs, num_beams=3, num_return_sequences=2)
     run(model, inputs, use_cache=False)
     assert passes == [5, 5]

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbones import tiny_tokenizer
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from backbones import tiny_tokenizer
 
 
 pytestmark = pytest.mark.slow
@@ -137,9 +138,10 @@ def summary(scored: list[dict]) -> dict:
 
 
 def test_sixteen_photos_are_learned(data_dir, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     from perceptiongpt.drawing import contact_sheet, draw_objects
     from perceptiongpt.train import complete_recipe, load_sources, train
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     vision, text = save_backbones(tmp_path)
     large = load_sources(sources(data_dir, LEAST_AREA_SHARE))

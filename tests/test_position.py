@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+
 from rows import tiny_model
 
 
 def probe_r2(model, vision_seed: int = 0) -> float:
-    """R2 of the best linear map from projected tokens to the centre of their patch, on pictures it was not fitted on."""
+    """R2 of the best linear map from projected tokens to the centre of their patch, on unseen pictures."""
     generator = torch.Generator().manual_seed(vision_seed)
     size, grid = model.config.vision_config.image_size, model.config.image_grid
     pictures = torch.randn(16, 3, size, size, generator=generator)
