@@ -54,6 +54,7 @@ def save_backbones(folder: Path) -> tuple[str, str]:
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=1024,
+        initializer_range=WIDTH**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -169,7 +170,7 @@ def test_sixteen_photos_are_learned(data_dir, tmp_path):
         "training": {
             "max_steps": 900,
             "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-4,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 50,
             "logging_steps": 20,
