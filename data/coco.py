@@ -160,11 +160,11 @@ def coco_rows(
         for annotation in instances[record["id"]]:
             target = None
             with skipping(problems, annotations):
-                target = _read_annotation(annotation, record, annotations)
+                target = read_annotation(annotation, record, annotations)
                 if target is None and problems is not None:
                     problems.leave_out("crowd region or instance without area")
             groups[annotation["category_id"]].append(target)
-        for row in _image_rows(groups, categories, record, tasks, min_area_share, seed, evaluation):
+        for row in instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation):
             yield {**common, **row}
 
 
@@ -196,6 +196,8 @@ def read_instances(
     records = []
     for record in content["images"]:
         with skipping(problems, annotations):
+            if "file_name" not in record and isinstance(record.get("coco_url"), str):  # LVIS v1
+                record["file_name"] = "/".join(record["coco_url"].split("/")[-2:])
             if missing := [key for key in ("id", "file_name", "width", "height") if key not in record]:
                 raise ValueError(f"{annotations}: image {record.get('id')!r} lacks {missing}")
             if record["id"] in instances:
@@ -242,7 +244,7 @@ def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Pat
     return path
 
 
-def _read_annotation(annotation: dict, record: dict, annotations: str | Path) -> dict | None:
+def read_annotation(annotation: dict, record: dict, annotations: str | Path) -> dict | None:
     """One object as {`box` (xyxy pixels), `mask` (RLE)}; None for a crowd region or an object without area."""
     name = f"{annotations}: annotation {annotation.get('id')!r} of image {record['id']!r}"
     mask = segmentation_to_rle(annotation["segmentation"], record["height"], record["width"], name)
@@ -286,7 +288,7 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def _image_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
+def instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
     square = max(record["width"], record["height"]) ** 2
 
     def make(task: str, prompt_task: str, phrase: str, objects: list[dict], answer: str, key, prompt_box=None) -> dict:

@@ -59,6 +59,9 @@ def row_features(several_images: bool = False) -> Features:
     )
 
 
+COLUMNS = tuple(row_features())
+
+
 def row_images(row: dict) -> list:
     """The images of a row as a list."""
     return list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
@@ -108,7 +111,8 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     Args:
         row: a row with the columns of `row_features`.
         index: its number or name, for the error message.
-        with_images: False admits a row whose picture is not at hand (`image` None).
+        with_images: False admits a row whose picture is not at hand (`image` None); if it has no signals, its size may
+            be unknown (0 x 0).
 
     Returns:
         The row with its boxes as floats, clipped to the image, and how many boxes overhung the image by at most
@@ -118,14 +122,15 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
         ValueError: naming the row, the value and what was expected.
     """
     name = describe_row(row, index)
-    missing = [column for column in row_features() if column not in row]
+    missing = [column for column in COLUMNS if column not in row]
     if missing:
         raise ValueError(f"{name}: missing columns {missing}")
     if row["task"] not in TASKS:
         raise ValueError(f"{name}: task {row['task']!r} is none of {', '.join(TASKS)}")
     _validate_messages(row, name, with_images)
     several = len(row_images(row)) > 1  # width and height are those of the first image only
-    if not several and min(row["width"], row["height"]) < 1:
+    unknown = not with_images and not row["boxes"] and row["width"] == row["height"] == 0
+    if not several and not unknown and min(row["width"], row["height"]) < 1:
         raise ValueError(f"{name}: image of {row['width']} x {row['height']} pixels")
 
     boxes, clipped = [], 0

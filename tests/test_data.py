@@ -13,7 +13,6 @@ from pycocotools.coco import COCO
 
 from perceptiongpt.data.coco import COCO_TASKS, coco_rows, load_coco, refer_expressions, segmentation_to_rle
 from perceptiongpt.data.schema import decode_rle, rle_runs, row_features, row_to_messages, validate_row
-from perceptiongpt.data.templates import load_templates, render_prompt, stable_generator
 
 
 TINY_COCO = ("tiny_coco/annotations/instances_train2017.json", "tiny_coco/train2017")
@@ -113,23 +112,6 @@ def test_rle_runs_equal_pycocotools():
         runs = rle_runs(coco_mask.encode(mask)["counts"].decode("ascii"))
         values = np.repeat(np.arange(len(runs)) % 2, runs)
         assert (values.reshape(mask.shape[::-1]).T == mask).all()
-
-
-# ---- templates -------------------------------------------------------------------------------------------------------
-
-
-def test_templates():
-    templates = load_templates()
-    assert set(templates) == {"refer", "detect", "box_to_mask"}
-    for task, template in templates.items():
-        assert len(set(template["prompts"])) >= 20
-        placeholder = "<vis>" if task == "box_to_mask" else "{phrase}"
-        assert all(prompt.count(placeholder) == 1 for prompt in [*template["prompts"], template["evaluation"]])
-    assert render_prompt("refer", "the dog") == "Find the dog."
-    drawn = {render_prompt("refer", "it", stable_generator(0, index)) for index in range(200)}
-    assert len(drawn) >= 20
-    with pytest.raises(ValueError, match="no prompt templates for task 'caption'"):
-        render_prompt("caption")
 
 
 # ---- coco ------------------------------------------------------------------------------------------------------------

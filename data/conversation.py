@@ -1,0 +1,225 @@
+"""What the sources share: checked fields, pictures, and turns of a conversation put together to rows of the schema."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS, IMAGE_TOKEN
+from perceptiongpt.data.reading import Problems, find_coco_image, find_image, picture_size
+from perceptiongpt.data.schema import clip_box
+from perceptiongpt.data.templates import stable_generator
+
+
+MARKERS = re.compile("|".join(map(re.escape, ADDED_TOKENS)))
+ARCHIVE_SUFFIXES = ("", ".gz", ".xz", ".zip", ".tar.xz", ".tar.gz", ".tar")
+
+
+@dataclass
+class Turn:
+    """One question with its answer; `slots` are (box, mask) per `<vis>` of both, in reading order.
+
+    `answer` is None where the annotations hold none: the row then ends with the question.
+    """
+
+    prompt: str
+    answer: str | None
+    slots: list[tuple[list[float] | None, dict | None]] = field(default_factory=list)
+
+
+def make_row(task: str, turns: list[Turn], columns: dict) -> dict:
+    """A row of the schema from its turns; `columns` gives image, source, image_id, split, width and height."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.prompt})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": turn.answer})
+    messages[0]["content"] = IMAGE_TOKEN + messages[0]["content"]
+    slots = [slot for turn in turns for slot in turn.slots]
+    return {
+        **columns,
+        "messages": messages,
+        "boxes": [box for box, _ in slots],
+        "masks": [mask for _, mask in slots],
+        "task": task,
+    }
+
+
+class Draw:
+    """Random generators of a source, one per key; none where the fixed evaluation prompts are wanted."""
+
+    def __init__(self, source: str, seed: int, evaluation: bool):
+        self.source, self.seed, self.evaluation = source, seed, evaluation
+
+    def __call__(self, *key):
+        """For prompts: None under `evaluation`."""
+        return None if self.evaluation else self.always(*key)
+
+    def always(self, *key):
+        """For choices that are made under `evaluation` as well."""
+        return stable_generator(self.seed, self.source, *key)
+
+
+def each_record(
+    records: Iterable[tuple[str, object]], make: Callable[[object], Iterable], problems: Problems | None
+) -> Iterator:
+    """What `make(record)` gives for each (where, record); a `ValueError` from it goes to `problems`, and on."""
+    problems = problems or Problems()
+    for where, record in records:
+        try:
+            made = list(make(record))
+        except ValueError as error:
+            problems.report(where, str(error))
+            continue
+        yield from made
+
+
+def chosen_tasks(tasks: Iterable[str] | None, offered: Iterable[str], source: str) -> tuple[str, ...]:
+    """The tasks that were asked for, all that are offered if None; `ValueError` for one that is not offered."""
+    offered = tuple(offered)
+    tasks = offered if tasks is None else tuple(tasks)
+    if unknown := sorted(set(tasks) - set(offered)):
+        raise ValueError(f"unknown tasks {unknown}; {source} makes {', '.join(offered)} from these files")
+    return tasks
+
+
+def usual_files(root: str | Path, names: Iterable[str]) -> list[Path]:
+    """Of each name, the first file there is: in `root` or `root/annotations`, plain or packed (`.gz`, `.zip`, ..)."""
+    folders = (Path(root), Path(root) / "annotations")
+    found = []
+    for name in names:
+        candidates = (folder / (name + suffix) for suffix in ARCHIVE_SUFFIXES for folder in folders)
+        found += [path for path in candidates if path.is_file()][:1]
+    return found
+
+
+# ---- fields ----------------------------------------------------------------------------------------------------------
+
+
+def get(record, *names: str, of: type | tuple = str):
+    """The value under the first of `names` that `record` has; `ValueError` if there is none or its type is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {str(record)[:60]}")
+    for name in names:
+        if name in record:
+            value = record[name]
+            if not isinstance(value, of) or isinstance(value, bool):
+                expected = " or ".join(kind.__name__ for kind in (of if isinstance(of, tuple) else (of,)))
+                raise ValueError(f"{name!r} is {str(value)[:60]!r}, expected {expected}")
+            return value
+    raise ValueError(f"there is no {' or '.join(map(repr, names))}; found {', '.join(map(repr, record))}"[:200])
+
+
+def clean_text(value, what: str = "text", keep_lines: bool = False) -> str:
+    """A text without needless white space.
+
+    Raises:
+        ValueError: if it is empty, no text, or contains by itself one of the tokens that mean something in a row.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {str(value)[:60]!r}, expected a text")
+    if marker := MARKERS.search(value):
+        raise ValueError(f"{what} {value[:80]!r} contains {marker[0]!r}, which would be read as a marker")
+    return value.strip() if keep_lines else " ".join(value.split())
+
+
+def check_box(box_xyxy_pixels, size: tuple[int, int], what: str = "box") -> list[float]:
+    """The box as floats, after the checks of `clip_box`. What overhangs by a pixel is clipped, and counted, later."""
+    clip_box(box_xyxy_pixels, *size, name=what)
+    return [float(value) for value in box_xyxy_pixels]
+
+
+def box_from_xywh(box, size: tuple[int, int], what: str = "box") -> list[float]:
+    """[x, y, width, height] in pixels -> a checked xyxy box."""
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+        raise ValueError(f"{what} {str(box)[:60]} is not [x, y, width, height]")
+    x, y, width, height = box
+    return check_box([x, y, x + width, y + height], size, what)
+
+
+def reading_order(boxes_xyxy: list[list[float]]) -> list[list[float]]:
+    """Boxes in the order in which an answer names several instances: by x0, then y0."""
+    return sorted(boxes_xyxy, key=lambda box: box[:2])
+
+
+def inside_sentence(phrase: str) -> str:
+    """A phrase as it stands inside a sentence: "The clock is green." -> "the clock is green"."""
+    phrase = phrase.rstrip(". ") or phrase
+    first = phrase.split()[0]
+    return phrase if first != first.capitalize() or first == "I" else phrase[0].lower() + phrase[1:]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """Finds a source's pictures, and gives the columns `image`, `width` and `height` of a row.
+
+    Args:
+        images: the folder; None: the first of `usual` that has the picture; False: rows without pictures.
+        usual: folders of the format's usual layout.
+    """
+
+    def __init__(self, images: str | Path | bool | None, *usual: Path):
+        if images not in (None, False) and not Path(images).is_dir():
+            raise ValueError(f"images: there is no folder {images}")
+        self.wanted = images is not False
+        self.folders = [Path(images)] if images else list(usual)
+
+    def columns(self, *names: str, size: tuple[int, int] | None = None, coco_id: int | None = None) -> dict:
+        """Columns of one picture.
+
+        Args:
+            names: file names, the first that exists counts.
+            size: (width, height) that the annotations state; a picture of another size is an error.
+            coco_id: look the picture up by COCO's number, too.
+
+        Returns:
+            `image`, `width`, `height`; without pictures and without a stated size both sides are 0, which the schema
+            admits for rows without boxes and masks.
+        """
+        if not self.wanted:
+            width, height = size or (0, 0)
+            return {"image": None, "width": width, "height": height}
+        path = self.find(*names, coco_id=coco_id)
+        measured = picture_size(path)
+        if size is not None and measured != size:
+            raise ValueError(
+                f"{path} is {measured[0]} x {measured[1]} pixels, the annotations say {size[0]} x {size[1]}"
+            )
+        width, height = measured
+        return {"image": {"path": str(path), "bytes": None}, "width": width, "height": height}
+
+    def find(self, *names: str, coco_id: int | None = None) -> Path:
+        """The path of a picture; `ValueError` if there is none, or a name leaves its folder."""
+        errors = []
+        for folder in self.folders:
+            for look_up in [(find_image, name) for name in names] + [(find_coco_image, coco_id)]:
+                try:
+                    if look_up[1] is not None:
+                        return look_up[0](folder, look_up[1])
+                except ValueError as error:
+                    if "leaves" in str(error):
+                        raise
+                    errors.append(error)
+        raise errors[-1]
+
+
+def stated_size(record: dict) -> tuple[int, int] | None:
+    """(width, height) of a record that has both, else None."""
+    if "width" not in record and "height" not in record:
+        return None
+    return get(record, "width", of=int), get(record, "height", of=int)
+
+
+def known_size(columns: dict) -> tuple[int, int]:
+    """(width, height) for boxes; `ValueError` if neither the annotations nor a picture tell."""
+    if not columns["width"]:
+        raise ValueError("the picture's size is in no annotation file, and boxes need it: give the pictures")
+    return columns["width"], columns["height"]
+
+
+def coco_image_id(file_name: str) -> str | None:
+    """COCO's number in a COCO file name ("COCO_train2014_000000000009.jpg", "000000000009.jpg"), else None."""
+    found = re.search(r"(?:^|[/\\]|COCO_\w+?_)(\d{12})(?:_\d+)?\.\w+$", file_name)
+    return str(int(found[1])) if found else None

@@ -1,0 +1,476 @@
+"""Reading annotation files: packed or plain, large or small, never trusted.
+
+Errors are `ValueError`s that name the file, the record, the value and what was expected. What concerns a single record
+goes through `Problems`, so that the user can choose to stop or to skip and count.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import pickle
+import re
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
+
+from PIL import Image
+
+
+TAR_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tgz", ".txz")
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+CHUNK_BYTES = 1 << 20
+COCO_NAMES = (
+    "COCO_train2014_{:012d}.jpg",
+    "COCO_val2014_{:012d}.jpg",
+    "{:012d}.jpg",
+)
+COCO_FOLDERS = ("", "train2014", "val2014", "train2017", "val2017")
+
+
+@dataclass
+class Problems:
+    """What was wrong with records: the first problem raises, or all are counted and the first few are listed.
+
+    Attributes:
+        skip: count and go on instead of raising.
+        counts: how often each reason occurred, what `leave_out` counts included.
+        examples: the first `keep` messages.
+    """
+
+    skip: bool = False
+    keep: int = 20
+    counts: Counter = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def report(self, where: str, message: str, reason: str = "broken record") -> None:
+        """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it."""
+        if not self.skip:
+            raise ValueError(f"{where}: {message}")
+        self.counts[reason] += 1
+        if len(self.examples) < self.keep:
+            self.examples.append(f"{where}: {message}")
+
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        """Something the format itself tells to leave out (a crowd region, a flag): counted, never an error."""
+        if count:
+            self.counts[reason] += count
+
+    def update(self, other: "Problems") -> None:
+        """Add what another process or file has found."""
+        self.counts.update(other.counts)
+        self.examples += other.examples[: max(self.keep - len(self.examples), 0)]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class _Unpacked(io.RawIOBase):
+    """A binary stream whose read errors name the file; closes what it was opened from."""
+
+    def __init__(self, path: Path, stream: BinaryIO, *owners):
+        self.name, self.stream, self.owners = str(path), stream, owners
+
+    def readable(self) -> bool:
+        return True
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self.stream.read(size)
+        except BROKEN as error:
+            raise ValueError(f"{self.name}: truncated or broken: {error}") from error
+
+    def readall(self) -> bytes:
+        return self._read(-1)
+
+    def readinto(self, buffer) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            for owner in (self.stream, *self.owners):
+                owner.close()
+        super().close()
+
+
+def open_file(path: str | Path, member: str = "*") -> BinaryIO:
+    """Open a file for reading bytes: plain, `.gz`, `.xz`, `.zip`, `.tar` and `.tar.*` alike.
+
+    Args:
+        path: the file.
+        member: a pattern for the name (folders left away) of the one file wanted from a zip or tar.
+
+    Raises:
+        ValueError: if there is no such file, it is broken (also later, while reading), or the archive does not hold
+            exactly one such member.
+    """
+    path = Path(path)
+    lower = path.name.lower()
+    owners = ()
+    try:
+        if lower.endswith((*TAR_SUFFIXES, ".zip")):
+            names = [name for name, _ in _members(path, member)]
+            if len(names) != 1:
+                raise ValueError(f"{path}: holds {len(names)} files named {member!r}, expected one: {names[:5]}")
+            members = _members(path, member)
+            stream, owners = next(members)[1], (members,)
+        elif lower.endswith(".gz"):
+            stream = gzip.open(path)
+        elif lower.endswith(".xz"):
+            stream = lzma.open(path)
+        else:
+            stream = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
+    return io.BufferedReader(_Unpacked(path, stream, *owners), CHUNK_BYTES)
+
+
+def open_members(path: str | Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
+    """Yield (name inside, content) of each file of a zip, a tar or a folder whose base name matches `pattern`.
+
+    The contents are read one by one; nothing is written to disk. A folder is read in sorted order.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for file in sorted(path.rglob(pattern)):
+            if file.is_file():
+                yield file.relative_to(path).as_posix(), file.read_bytes()
+        return
+    for name, stream in _members(path, pattern):
+        yield name, _Unpacked(path, stream).readall()
+
+
+def member_names(path: str | Path) -> list[str]:
+    """The names of the files in a zip or tar; none for any other file."""
+    path = Path(path)
+    is_archive = path.name.lower().endswith((*TAR_SUFFIXES, ".zip"))
+    return [name for name, _ in _members(path, "*")] if is_archive else []
+
+
+def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
+    """(name, stream) per matching file of an archive, which is closed with this generator."""
+
+    def wanted(name: str) -> bool:
+        base = PurePosixPath(name).name
+        return fnmatch(base, pattern) and not name.startswith("__MACOSX/") and not base.startswith("._")  # Finder's
+
+    try:
+        if path.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    if not entry.is_dir() and wanted(entry.filename):
+                        yield entry.filename, archive.open(entry)
+        else:
+            with tarfile.open(path) as archive:
+                for entry in archive:
+                    if entry.isfile() and wanted(entry.name):
+                        yield entry.name, archive.extractfile(entry)
+    except (*BROKEN, RuntimeError, NotImplementedError) as error:  # the last two: encrypted or unknown zip entries
+        raise ValueError(f"{path}: cannot be read as an archive: {error}") from error
+
+
+def safe_join(folder: str | Path, name: str) -> Path:
+    """`folder / name`, which need not exist, for a name that an annotation file gives.
+
+    Raises:
+        ValueError: if the name is empty, absolute, climbs out with `..`, or leads out of the folder by a link.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ValueError(f"{name!r} is not a file name")
+    for flavour in (PurePosixPath(name), PureWindowsPath(name)):
+        if flavour.is_absolute() or flavour.drive or flavour.root or ".." in flavour.parts:
+            raise ValueError(f"file name {name!r} leaves the folder {folder}")
+    path = Path(folder) / name
+    if not path.resolve().is_relative_to(_resolved(str(folder))):
+        raise ValueError(f"file name {name!r} leaves the folder {folder} by a link")
+    return path
+
+
+@lru_cache(maxsize=64)
+def _resolved(folder: str) -> Path:
+    return Path(folder).resolve()
+
+
+# ---- json and pickle -------------------------------------------------------------------------------------------------
+
+
+class _JsonCursor:
+    """Walks through a json text that arrives in pieces; holds one value and a piece of what follows."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.name = stream, str(getattr(stream, "name", None) or getattr(stream, "raw", stream))
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.text, self.position, self.ended = "", 0, False
+        self.scan = json.JSONDecoder().raw_decode
+
+    def fail(self, message: str):
+        raise ValueError(f"{self.name}: {message}")
+
+    def more(self) -> bool:
+        """Read on; at least as much as is held, so that a long value is not scanned too often."""
+        if self.ended:
+            return False
+        rest = self.text[self.position :]
+        data = self.stream.read(max(CHUNK_BYTES, len(rest)))
+        self.ended = not data
+        try:
+            self.text, self.position = rest + self.decode(data, final=self.ended), 0
+        except UnicodeDecodeError as error:
+            self.fail(f"is not UTF-8 text: {error}")
+        return True
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            self.position = _WHITE.match(self.text, self.position).end()
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.more():
+                return ""
+
+    def take(self, expected: str, where: str) -> str:
+        found = self.peek()
+        if not found or found not in expected:
+            self.fail(f"{where}: {'the file ends' if not found else f'found {found!r}'}, expected {expected!r}")
+        self.position += 1
+        return found
+
+    def value(self, where: str):
+        self.peek()
+        while True:
+            try:
+                value, end = self.scan(self.text, self.position)
+                if isinstance(value, (dict, list, str)) or end + 32 < len(self.text) or self.ended:
+                    self.position = end
+                    return value  # (a number near the end of what is held might go on)
+            except RecursionError:
+                self.fail(f"{where}: nested too deeply")
+            except json.JSONDecodeError as error:
+                if self.ended or (error.pos + 32 < len(self.text) and not error.msg.startswith("Unterminated")):
+                    place = self.text[self.position : self.position + 60]
+                    self.fail(f"{where}: truncated or not json ({error.msg}): {place!r}")
+            self.more()
+
+    def items(self, where: str) -> Iterator:
+        """The values of the list that starts here."""
+        self.take("[", where)
+        if self.peek() == "]":
+            self.position += 1
+            return
+        index = 0
+        while True:
+            yield self.value(f"{where} {index}".lstrip())
+            index += 1
+            if self.take(",]", f"{where} after {index} items".lstrip()) == "]":
+                return
+
+    def enter(self, key: str) -> None:
+        """Go to the value of `key` in the object that starts here."""
+        self.take("{", f"looking for the key {key!r}")
+        while self.peek() != "}":
+            name = self.value(f"looking for the key {key!r}")
+            self.take(":", f"after the key {name!r}")
+            if name == key:
+                return
+            self.skip(f"key {name!r}")
+            if self.take(",}", f"after the key {name!r}") == "}":
+                break
+        self.fail(f"there is no key {key!r}")
+
+    def skip(self, where: str) -> None:
+        if self.peek() == "[":
+            for _ in self.items(where):
+                pass
+        else:
+            self.value(where)
+
+
+_WHITE = re.compile(r"[ \t\r\n]*")
+
+
+def stream_json_array(stream: BinaryIO, *keys: str, bare: bool = False) -> Iterator:
+    """Yield the items of a list in a json file one by one; memory holds one item and a megabyte of text.
+
+    Args:
+        stream: an open binary file, as `open_file` gives it.
+        keys: where the list is: none for a file that is the list, `"annotations"` for COCO, and so on.
+        bare: take a file that is just the list as well, though there are keys.
+
+    Raises:
+        ValueError: naming the file and the item, where the text is broken, ends early or holds no such list.
+    """
+    cursor = _JsonCursor(stream)
+    if not (bare and cursor.peek() == "["):
+        for key in keys:
+            cursor.enter(key)
+    if cursor.peek() != "[":
+        cursor.fail(f"expected a json list{f' under {list(keys)}' if keys else ''}, found {cursor.peek()!r}")
+    yield from cursor.items("item")
+    if not keys and cursor.peek():
+        cursor.fail(f"text after the end of the list: {cursor.text[cursor.position :][:40]!r}")
+
+
+def until_broken(items: Iterable, path: str | Path, problems: Problems) -> Iterator:
+    """The items that are read from a file, up to where it is broken, which goes to `problems`."""
+    items = iter(items)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except ValueError as error:
+            problems.report(str(path), str(error).removeprefix(f"{path}: "), "truncated or broken file")
+            return
+        yield item
+
+
+def read_json(path: str | Path, member: str = "*"):
+    """The whole content of a json file, packed or plain."""
+    with open_file(path, member) as stream:
+        data = stream.read()
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated or not json: {error}") from error
+
+
+def read_jsonl(path: str | Path, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield ("<file>: line <n>", record) of a file with one json object a line; empty lines are passed over."""
+    problems = problems or Problems()
+    with open_file(path) as stream:
+        for number, line in enumerate(until_broken(stream, path, problems), 1):
+            if not line.strip():
+                continue
+            where = f"{path}: line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                problems.report(where, f"truncated or not json: {error}")
+                continue
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                problems.report(where, f"expected an object, found {str(record)[:60]}")
+
+
+def read_records(path: str | Path, *keys: str, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield ("<file>: record <n>", record) of a json list, of the list under `keys`, or of json lines alike."""
+    with open_file(path) as stream:
+        first = stream.peek(64).lstrip(codecs.BOM_UTF8).lstrip()[:1]
+        if first == b"[" or keys:
+            problems = problems or Problems()
+            records = until_broken(stream_json_array(stream, *keys, bare=True), path, problems)
+            for number, record in enumerate(records):
+                if isinstance(record, dict):
+                    yield f"{path}: record {number}", record
+                else:
+                    problems.report(f"{path}: record {number}", f"expected an object, found {str(record)[:60]}")
+            return
+    yield from read_jsonl(path, problems)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+    def persistent_load(self, identifier):
+        raise pickle.UnpicklingError("it refers to an object outside the file")
+
+
+def _as_latin1(error: UnicodeDecodeError) -> tuple[str, int]:
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+codecs.register_error("perceptiongpt_latin1", _as_latin1)  # Python 2 strings: UTF-8 where they are, else Latin-1
+
+
+def load_plain_pickle(path: str | Path, member: str = "*"):
+    """Load a pickle (any protocol, Python 2 ones too) of plain lists, tuples, dicts, strings, numbers, bools, None.
+
+    Python 2 byte strings become `str`. No function or class is ever looked up, so nothing in the file can run.
+
+    Raises:
+        ValueError: if the pickle refers to anything else, or is broken.
+    """
+    with open_file(path, member) as stream:
+        try:
+            content = _PlainUnpickler(stream, encoding="utf-8", errors="perceptiongpt_latin1").load()
+        except Exception as error:  # a broken pickle raises nearly anything
+            message = f"{path}: not a pickle of plain lists, dicts, strings and numbers: {error}"
+            raise ValueError(message) from error
+    seen, waiting = set(), [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (list, tuple, dict)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting += [*value, *value.values()] if isinstance(value, dict) else value
+        elif value is not None and not isinstance(value, (str, int, float)):
+            raise ValueError(f"{path}: the pickle holds a {type(value).__name__}; expected plain data")
+    return content
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = None) -> Path:
+    """A COCO picture by its id, under the 2014 or the 2017 name, in `folder` or its folder of that release.
+
+    Args:
+        folder: where the pictures are, or where `train2014`, `train2017`, ... are.
+        image_id: COCO's number.
+        file_name: a further name to look for first.
+
+    Raises:
+        ValueError: if there is none, or `file_name` leaves the folder.
+    """
+    names = [pattern.format(int(image_id)) for pattern in COCO_NAMES]
+    for sub_folder in COCO_FOLDERS:
+        base = Path(folder) / sub_folder
+        for name in [file_name, *names] if file_name else names:
+            path = safe_join(base, name) if name is file_name else base / name
+            if path.is_file():
+                return path
+    raise ValueError(f"image {image_id} is not in {folder}; looked for {file_name or names[0]}, {names[-1]} and others")
+
+
+def find_image(folder: str | Path, name: str) -> Path:
+    """The picture `name` in `folder`: under its whole name, else under the last part of it.
+
+    Raises:
+        ValueError: if there is none, or the name leaves the folder.
+    """
+    for candidate in (name, PurePosixPath(name).name):
+        path = safe_join(folder, candidate)
+        if path.is_file():
+            return path
+    raise ValueError(f"image {name!r} is not in {folder}")
+
+
+@lru_cache(maxsize=4096)
+def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
+    """(width, height) of a picture, upright as `datasets` opens it; `whole` also checks that it is not truncated.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(Image.ExifTags.Base.Orientation)
+            size = image.size
+            if whole:
+                image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
+                image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
+    return size[::-1] if orientation in (5, 6, 7, 8) else size
