@@ -20,6 +20,7 @@ from datasets import Features, Image, List, Value
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
 
 
 TASKS = (
@@ -224,22 +225,11 @@ def decode_rle(mask: dict, name: str = "mask"):
 
 
 def rle_runs(counts: str, name: str = "mask") -> list[int]:
-    """The run lengths of a compressed COCO RLE string (LEB128-like, differences from the run two before).
-
-    pycocotools reads past the end of its buffers on a broken string, so strings are checked here first.
-    """
-    runs, value, shift = [], 0, 0
-    for character in counts:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or shift > 60:
-            raise ValueError(f"{name}: {character!r} does not belong into the RLE string {counts[:40]!r}")
-        value |= (code & 0x1F) << shift
-        shift += 5
-        if not code & 0x20:
-            if code & 0x10:
-                value -= 1 << shift
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    if shift or not runs:
-        raise ValueError(f"{name}: the RLE string {counts[:40]!r} ends too early")
+    """`geometry_perceptiongpt.rle_runs` with errors that name the row."""
+    try:
+        runs = read_rle_runs(counts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not runs:
+        raise ValueError(f"{name}: the RLE string is empty")
     return runs
