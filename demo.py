@@ -82,7 +82,7 @@ def draw_background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def draw_picture(rng: np.random.Generator, shapes: list[str], background: Image.Image | None = None):
     """
-    One to six shapes that do not touch, on a background of 128 x 128 pixels unless one is given.
+    One to three shapes that do not touch, on a background of 128 x 128 pixels unless one is given.
 
     Returns:
         the picture, and a list of (category, polygon as x0, y0, x1, y1, ... in pixels).
@@ -92,7 +92,7 @@ def draw_picture(rng: np.random.Generator, shapes: list[str], background: Image.
     # Drawn twice as large, then shrunk: smooth edges.
     canvas = background.resize((background.width * 2, background.height * 2))
     objects, taken = [], []
-    for _ in range(rng.choice([1, 1, 2, 3, 4, 5, 6])):
+    for _ in range(rng.choice([1, 1, 2, 2, 3])):
         radius = unit * float(np.exp(rng.uniform(np.log(10), np.log(26))))
         x, y = rng.uniform(radius, np.array(background.size) - radius)
         if any(np.hypot(x - a, y - b) < radius + r + 2 * unit for a, b, r in taken):

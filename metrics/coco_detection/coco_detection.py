@@ -1,0 +1,215 @@
+"""Detection and instance segmentation: COCO's average precision and recall."""
+
+import contextlib
+import io
+import json
+import os
+from collections import Counter, defaultdict
+
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from perceptiongpt.metrics import shared
+
+
+STATISTICS = "ap ap50 ap75 ap_small ap_medium ap_large ar1 ar10 ar100 ar_small ar_medium ar_large".split()
+
+
+class CocoDetection(shared.StoredMetric):
+    description = """AP and AR of COCO, for boxes and for masks, computed by pycocotools. Annotations are numbered anew:
+pycocotools takes the id 0 for "not matched" and, of annotations that share an id, only the last."""
+    citation = "Lin et al. Microsoft COCO: Common Objects in Context. ECCV 2014."
+    inputs = """
+Args:
+    predictions: COCO results: a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score",
+        "segmentation": RLE}, with bbox, segmentation or both. What is malformed, or of an unknown picture or category,
+        finds nothing. Also the path of such a file, or a `COCO` of results.
+    references: COCO annotations: {"images", "annotations", "categories"}, as in a file; or only the list of annotations
+        (then the pictures and categories are those of the annotations, and pictures of results without annotations).
+        Also the path of such a file, or a `COCO`.
+    Batches, for `add_batch`: two lists of equal length; each pair is results and annotations as above, of one picture
+        or more. The same picture, or annotation (same id, same content), in several pairs counts once.
+    per_sample: also return `samples`, one dict per picture in the order of its number: `image_id` and, at IoU 0.5 over
+        all sizes, `bbox_matched`, `bbox_results`, `bbox_annotations` (crowds left out), and the same for `segm`.
+
+Returns:
+    bbox_ap (mean over IoU 0.5:0.05:0.95), bbox_ap50, bbox_ap75, bbox_ap_small, bbox_ap_medium, bbox_ap_large, bbox_ar1,
+        bbox_ar10, bbox_ar100, bbox_ar_small, bbox_ar_medium, bbox_ar_large: None where there is nothing to find.
+    segm_ap, ...: the same for masks, where annotations have masks and results, if there are any, have masks.
+    n: number of pictures. problems: {reason: number of results}.
+"""
+
+    def add_batch(self, *, predictions=None, references=None):
+        """Add results and annotations: whole files as `compute` takes them, or two lists of equal length."""
+        predictions, references = read_file(predictions), read_file(references)
+        if isinstance(predictions, dict):
+            predictions = predictions["annotations"]
+        whole = isinstance(references, dict) or any(isinstance(part, dict) for part in predictions or ())
+        if whole or any(isinstance(part, dict) and "image_id" in part for part in references or ()):
+            predictions, references = [predictions], [references]
+        super().add_batch(predictions=predictions, references=references)
+
+    def score(self, predictions, references, problems):
+        return score_detections(predictions, references, problems)
+
+
+def read_file(value):
+    """What a JSON file holds, for its path; what a `COCO` holds; other values as they are."""
+    if isinstance(value, (str, os.PathLike)):
+        with open(value, encoding="utf-8") as file:
+            return json.load(file)
+    return getattr(value, "dataset", value)
+
+
+def score_detections(predictions: list, references: list, problems: Counter) -> tuple[dict, list[dict]]:
+    """The results of `CocoDetection` over pairs (results, annotations), and one dict per picture."""
+    images, annotations, categories = merge_references(references)
+    results = []
+    for part in predictions:
+        if isinstance(part, list):
+            results += part
+        else:
+            problems["missing" if part is None else "not a list of results"] += 1
+    if any(isinstance(part, list) for part in references):
+        # Annotations alone do not list the pictures and categories without any.
+        for result in filter(is_result, results):
+            images.setdefault(result["image_id"], {})
+            categories.add(result["category_id"])
+    # Equal scores keep the order of the pictures, so the numbers follow the ids.
+    order = {number: index for index, number in enumerate(sorted(images, key=lambda n: (isinstance(n, str), n)), 1)}
+    dataset = {
+        "images": [{**images[number], "id": index} for number, index in order.items()],
+        "categories": [{"id": number} for number in categories],
+        "annotations": complete_annotations(annotations, images, order),
+    }
+    kinds = ["bbox"]
+    if annotations and all(annotation.get("segmentation") for annotation in annotations):
+        if not results or any(isinstance(result, dict) and result.get("segmentation") for result in results):
+            kinds.append("segm")
+    usable = {kind: [] for kind in kinds}
+    for result in results:
+        try:
+            for kind in kinds:
+                usable[kind].append(parse_result(result, kind, images, categories, order))
+        except ValueError as error:
+            problems[str(error)] += 1
+    scores, samples = {}, [{"image_id": number} for number in order]
+    for kind in kinds:
+        statistics, matches = evaluate_kind(dataset, usable[kind], kind)
+        scores |= {f"{kind}_{name}": value for name, value in statistics.items()}
+        for sample in samples:
+            counts = matches[order[sample["image_id"]]]
+            sample |= {f"{kind}_{name}": counts[name] for name in ("matched", "results", "annotations")}
+    return scores, samples
+
+
+def merge_references(references: list) -> tuple[dict, list, set]:
+    """({image id: {} or its height and width}, annotations, category ids); repeated parts count once."""
+    images, annotations, categories, seen = {}, [], set(), set()
+    for index, part in enumerate(references):
+        part = {"annotations": part} if isinstance(part, list) else part
+        if not isinstance(part, dict) or not isinstance(part.get("annotations"), list):
+            raise ValueError(f"references[{index}]: expected COCO annotations, got {str(part)[:200]}")
+        for image in part.get("images", []):
+            images[image["id"]] = {side: image[side] for side in ("height", "width") if side in image}
+        categories |= {category["id"] for category in part.get("categories", [])}
+        # Ids that clash within a part are two annotations; the same annotation in another part is a repetition.
+        texts = [json.dumps(annotation, sort_keys=True) for annotation in part["annotations"]]
+        for annotation, text in zip(part["annotations"], texts, strict=True):
+            if not is_result(annotation):
+                raise ValueError(f"references[{index}]: annotation without image_id or category_id: {text[:200]}")
+            if "images" in part and annotation["image_id"] not in images:
+                raise ValueError(f"references[{index}]: annotation of a picture that is not listed: {text[:200]}")
+            if "id" not in annotation or text not in seen:
+                annotations.append(annotation)
+            size = images.setdefault(annotation["image_id"], {})
+            if not size and isinstance(annotation.get("segmentation"), dict):
+                size["height"], size["width"] = annotation["segmentation"]["size"]
+            categories.add(annotation["category_id"])
+        seen.update(texts)
+    return images, annotations, categories
+
+
+def is_result(record) -> bool:
+    """Whether it says of which picture and category it is."""
+    return isinstance(record, dict) and all(type(record.get(key)) in (int, str) for key in ("image_id", "category_id"))
+
+
+def complete_annotations(annotations: list[dict], images: dict, order: dict) -> list[dict]:
+    """The annotations numbered from 1, with the RLE of their masks, and box and area where these were not given."""
+    completed = []
+    for number, annotation in enumerate(annotations, 1):
+        completed.append({"iscrowd": 0, **annotation, "id": number, "image_id": order[annotation["image_id"]]})
+        mask = annotation.get("segmentation")
+        if mask:
+            size = images[annotation["image_id"]]
+            if isinstance(mask, list) and not size:
+                raise ValueError(f"annotation {number}: polygons need the height and width of the picture")
+            if isinstance(mask, list) or isinstance(mask["counts"], list):
+                mask = coco_mask.frPyObjects(mask, size["height"], size["width"])
+            completed[-1]["segmentation"] = mask = coco_mask.merge(mask) if isinstance(mask, list) else mask
+        elif "bbox" not in annotation:
+            raise ValueError(f"annotation {number}: neither bbox nor segmentation: {str(annotation)[:200]}")
+        if "bbox" not in annotation:
+            completed[-1]["bbox"] = coco_mask.toBbox(mask).tolist()
+        if "area" not in annotation:
+            _, _, width, height = completed[-1]["bbox"]
+            completed[-1]["area"] = shared.mask_area(mask) if mask else width * height
+    return completed
+
+
+def parse_result(result, kind: str, images: dict, categories: set, order: dict) -> dict:
+    """The result with only what `kind` is judged by, as pycocotools takes it; `ValueError` with the reason."""
+    if not is_result(result):
+        raise ValueError("result without image_id or category_id")
+    if result["image_id"] not in images or result["category_id"] not in categories:
+        raise ValueError("result of an unknown picture or category")
+    if not shared.is_number(result.get("score")):
+        raise ValueError("score is not a number")
+    box, mask = result.get("bbox") or None, result.get("segmentation") or None
+    if mask is not None and (kind == "segm" or box is None):
+        mask = shared.parse_mask(mask)
+        if mask["size"] != [
+            images[result["image_id"]].get(side, mask["size"][i]) for i, side in enumerate(("height", "width"))
+        ]:
+            raise ValueError("mask of another size than the picture")
+        box = box or coco_mask.toBbox(mask).tolist()
+    if kind == "segm" and mask is None:
+        raise ValueError("result without segmentation")
+    if kind == "bbox":
+        if not isinstance(box, list) or len(box) != 4 or not all(map(shared.is_number, box)) or min(box[2:]) < 0:
+            raise ValueError("bbox is not x, y, width, height")
+    judged = {"bbox": box} if kind == "bbox" else {"segmentation": mask}
+    return judged | {
+        "image_id": order[result["image_id"]],
+        "category_id": result["category_id"],
+        "score": result["score"],
+    }
+
+
+def evaluate_kind(dataset: dict, results: list[dict], kind: str) -> tuple[dict, dict]:
+    """pycocotools' statistics by name, None for its -1; and {image number: Counter of matches at IoU 0.5}."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, found = COCO(), COCO()
+        truth.dataset = dataset | {"annotations": [dict(annotation) for annotation in dataset["annotations"]]}
+        found.dataset = dataset | {"annotations": []}
+        truth.createIndex()
+        found.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results) if results else found, kind)
+        if not dataset["images"]:
+            return dict.fromkeys(STATISTICS), {}
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    statistics = [None if value < 0 else float(value) for value in evaluation.stats]
+    matches = defaultdict(Counter)
+    for entry in filter(None, evaluation.evalImgs):
+        if entry["aRng"] == evaluation.params.areaRng[0]:
+            counted, judged = entry["gtIgnore"] == 0, ~entry["dtIgnore"][0]
+            matches[entry["image_id"]] += Counter(
+                matched=int((counted & (entry["gtMatches"][0] > 0)).sum()),
+                results=int(judged.sum()),
+                annotations=int(counted.sum()),
+            )
+    return dict(zip(STATISTICS, statistics, strict=True)), matches

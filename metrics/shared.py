@@ -1,0 +1,212 @@
+"""What the metrics have in common: how rows are stored, how bad ones are counted, overlap of boxes and masks."""
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from pycocotools import mask as coco_mask
+
+from perceptiongpt.data.schema import rle_runs
+
+
+class StoredMetric(evaluate.Metric):
+    """A metric over rows that are kept as they were given, missing and malformed ones too, until `compute`.
+
+    Each row is stored as JSON text: no schema of columns would hold a malformed prediction, or a number in full. All is
+    computed at the end over all rows, so batches, processes (`num_process`, `process_id`, `experiment_id`, as in every
+    `evaluate` metric) and the order of the rows change nothing.
+
+    A subclass has `description`, `citation`, `inputs` (texts), `optional` (names of columns besides predictions and
+    references that may be left out) and `score`.
+    """
+
+    description = citation = inputs = ""
+    optional: tuple[str, ...] = ()
+
+    def _info(self) -> evaluate.MetricInfo:
+        columns = ("predictions", "references", *self.optional)
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description=self.inputs,
+            features=Features({name: Value("string") for name in columns}),
+        )
+
+    def score(self, predictions: list, references: list, problems: Counter, **columns) -> tuple[dict, list]:
+        """(results over all rows, one dict per row); `problems` counts the bad predictions by reason."""
+        raise NotImplementedError
+
+    def add_batch(self, *, predictions=None, references=None, **columns):
+        """Add rows: lists of equal length."""
+        if predictions is None or references is None:
+            raise ValueError("predictions and references are given together")
+        given = {"predictions": predictions, "references": references, **columns}
+        given |= {name: [None] * len(predictions) for name in self.optional if columns.get(name) is None}
+        lengths = {name: len(values) for name, values in given.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of unequal length: {lengths}")
+        super().add_batch(**{name: [to_json(value) for value in values] for name, values in given.items()})
+
+    def add(self, *, prediction=None, reference=None, **columns):
+        """Add one row."""
+        columns = {name: None if value is None else [value] for name, value in columns.items()}
+        self.add_batch(predictions=[prediction], references=[reference], **columns)
+
+    def compute(self, *, predictions=None, references=None, **kwargs):
+        """Results over all rows added before and given here; None in processes other than the first.
+
+        `per_sample=True` adds `samples`: one dict per row, in the order of the rows (process after process).
+        """
+        kwargs = dict.fromkeys(self.optional) | kwargs
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions, references, per_sample: bool = False, **kwargs) -> dict:
+        columns = {name: kwargs.pop(name) for name in self.optional}
+        columns |= {"predictions": predictions, "references": references}
+        columns = {name: [json.loads(text) for text in values] for name, values in columns.items()}
+        problems = Counter()
+        results, samples = self.score(**columns, problems=problems, **kwargs)
+        results |= {"n": len(samples), "problems": dict(problems)}
+        return results | ({"samples": samples} if per_sample else {})
+
+
+def to_json(value) -> str:
+    """JSON text of a row; arrays become lists, bytes become text; of what JSON does not know, only the `repr`."""
+
+    def plain(part):
+        if isinstance(part, bytes):
+            return part.decode("ascii", errors="replace")
+        return part.tolist() if hasattr(part, "tolist") else {"unknown": repr(part)}
+
+    return json.dumps(value, default=plain)
+
+
+def share(part: float, whole: float) -> float | None:
+    """`part / whole`; None where there is nothing to have a share of."""
+    return float(part / whole) if whole else None
+
+
+def mean(values) -> float | None:
+    """Mean, summed without rounding errors that depend on the order; None of nothing."""
+    return share(math.fsum(values), len(values))
+
+
+def read_predictions(values: list, parse: Callable, problems: Counter) -> list:
+    """Each value parsed; None for what `parse` refuses with a `ValueError`, whose text is the reason counted."""
+    parsed = []
+    for value in values:
+        try:
+            parsed.append(parse(value))
+        except ValueError as error:
+            problems[str(error)] += 1
+            parsed.append(None)
+    return parsed
+
+
+def read_references(values: list, parse: Callable) -> list:
+    """Each value parsed.
+
+    Raises:
+        ValueError: a reference is bad; names the row.
+    """
+    parsed = []
+    for index, value in enumerate(values):
+        try:
+            parsed.append(parse(value))
+        except ValueError as error:
+            raise ValueError(f"references[{index}]: {error}, got {str(value)[:200]}") from None
+    return parsed
+
+
+def parse_box(value) -> list[float]:
+    """[x0, y0, x1, y1] with x0 < x1 and y0 < y1; `ValueError` with the reason otherwise."""
+    if value is None or value == []:
+        raise ValueError("missing")
+    if not isinstance(value, list) or len(value) != 4 or not all(is_number(number) for number in value):
+        raise ValueError("box is not four finite numbers")
+    if value[0] >= value[2] or value[1] >= value[3]:
+        raise ValueError("box has no area")
+    return [float(number) for number in value]
+
+
+def parse_text(value) -> str:
+    """A text with more than blanks; `ValueError` with the reason otherwise."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError("missing")
+    if not isinstance(value, str):
+        raise ValueError("not text")
+    return value
+
+
+def parse_mask(value) -> dict:
+    """COCO RLE, `counts` compressed (text) or a list of ints, as pycocotools takes it; `ValueError` with the reason."""
+    if value is None or value == []:
+        raise ValueError("missing")
+    size = value.get("size") if isinstance(value, dict) else None
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError("mask is not an RLE with size [height, width] and counts")
+    counts = value.get("counts")
+    if isinstance(counts, str):
+        sound = counted_pixels(counts) == size[0] * size[1]
+    else:
+        sound = isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
+        sound = sound and sum(counts) == size[0] * size[1]
+    if not sound:
+        raise ValueError("mask with broken RLE counts")
+    mask = {"size": size, "counts": counts}
+    return mask if isinstance(counts, str) else coco_mask.frPyObjects(mask, *size)
+
+
+@functools.lru_cache(maxsize=10000)  # the expressions of one object have one mask
+def counted_pixels(counts: str) -> int | None:
+    """How many pixels compressed RLE counts speak of; None if they are broken."""
+    try:
+        runs = rle_runs(counts)
+    except ValueError:
+        return None
+    return sum(runs) if runs and min(runs) >= 0 else None
+
+
+def parse_list(value, parse: Callable, what: str) -> list:
+    """Each item parsed; a list may be empty. None or anything else is refused."""
+    if value is None:
+        raise ValueError("missing")
+    if not isinstance(value, list):
+        raise ValueError(f"not a list of {what}")
+    return [parse(item) for item in value]
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite int or float that fits a float (no bool)."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def box_iou(boxes, others) -> np.ndarray:
+    """IoU of xyxy boxes (..., 4) in continuous coordinates (no + 1), broadcast as numpy does."""
+    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
+    intersection = sides.clip(min=0).prod(axis=-1)
+    areas = [(some[..., 2:] - some[..., :2]).prod(axis=-1) for some in (boxes, others)]
+    return intersection / (areas[0] + areas[1] - intersection)
+
+
+def mask_area(mask: dict | None) -> int:
+    return 0 if mask is None else int(coco_mask.area(mask))
+
+
+def join_masks(masks: list[dict]) -> dict | None:
+    """Pixels of any of the masks; None of none. `ValueError` if their sizes differ."""
+    if len({tuple(mask["size"]) for mask in masks}) > 1:
+        raise ValueError("masks of different sizes")
+    return coco_mask.merge(masks) if masks else None
+
+
+def intersection_union(mask: dict | None, other: dict | None) -> tuple[int, int]:
+    """Pixels in both and in either of two masks of one size; None has no pixels."""
+    intersection = mask_area(coco_mask.merge([mask, other], intersect=True)) if mask and other else 0
+    return intersection, mask_area(mask) + mask_area(other) - intersection
