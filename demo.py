@@ -1,7 +1,7 @@
 """Draw pictures, train on them, ask about new ones: the way of a COCO folder of one's own, in a few minutes.
 
     python demo.py --output outputs/demo
-    python demo.py --output outputs/scratch --from_scratch     # how the checkpoint in this folder was made (hours)
+    python demo.py --output outputs/scratch --from_scratch     # how the checkpoint in this folder was made
 
 The checkpoint in this folder knows circles, squares, triangles and stars; the demo teaches it crosses. Everything is
 drawn here or ships with scikit-image. `OUTPUT` gets COCO folders of drawn pictures, the trained model, and annotated
@@ -243,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--from_scratch", action="store_true", help="from random weights, without the new shape")
-    parser.add_argument("--pictures", type=int, help="how many to draw for training; default 400, from scratch 8000")
+    parser.add_argument("--pictures", type=int, help="how many to draw for training; default 400, from scratch 6000")
     parser.add_argument("--resume", action="store_true", help="go on with a run from scratch that was interrupted")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe, as for train.py")
     options = parser.parse_intermixed_args()
@@ -252,7 +252,7 @@ def main() -> None:
         shutil.rmtree(output / "model", ignore_errors=True)
 
     shapes = list(KNOWN_SHAPES) if scratch else [*KNOWN_SHAPES, *NEW_SHAPES, *NEW_SHAPES]
-    pictures = options.pictures or (8000 if scratch else 400)
+    pictures = options.pictures or (6000 if scratch else 400)
     train_source = draw_coco(output / "drawn_train", pictures, 0, shapes)
     eval_source = draw_coco(output / "drawn_eval", 100, 10**6, shapes)
     model = {"checkpoint": str(ROOT)}

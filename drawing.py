@@ -41,7 +41,7 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
         image: the picture that was asked about.
         result: one entry of `processor.post_process_generation`: of each of `result["objects"]`, `box` (xyxy, pixels of
             `image`), `mask` (bool array of shape `(height, width)`, COCO RLE, or None), `phrase` (an object without
-            one is called by its number) and `score` are drawn.
+            one is called by its number) and `score` (if not None) are drawn.
         caption: text for a strip below the picture, such as the model's answer.
 
     Returns:
@@ -68,7 +68,8 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
             class_id=np.arange(len(objects)),
         )
         labels = [
-            f"{found['phrase'] or f'object {number}'} {found['score']:.2f}" for number, found in enumerate(objects, 1)
+            f"{found['phrase'] or f'object {number}'}" + ("" if found["score"] is None else f" {found['score']:.2f}")
+            for number, found in enumerate(objects, 1)
         ]
         palette = sv.ColorPalette.from_hex(COLORS)
         # Black letters on light colours, white ones on dark.
@@ -106,14 +107,14 @@ def _with_caption(image: Image.Image, caption: str, font_size: int) -> Image.Ima
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, path: str | Path, *, cell: int = 480, max_bytes: int = 200_000
 ) -> Path:
-    """Save pictures side by side, each shrunk to fit a square cell, as one JPEG of at most `max_bytes` bytes.
+    """Save pictures side by side, each shrunk to fit a square cell, as one JPEG or PNG of at most `max_bytes` bytes.
 
     Args:
         images: the pictures, in reading order.
         columns: cells in a row.
-        path: file to write, ending in .jpg.
+        path: file to write, ending in .jpg or .png.
         cell: side of a cell in pixels.
-        max_bytes: the JPEG quality, then the size of the sheet, goes down until the file is no larger.
+        max_bytes: a JPEG's quality, then the size of the sheet, goes down until the file is no larger.
 
     Returns:
         `path`.
@@ -133,12 +134,12 @@ def contact_sheet(
         sheet.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    quality = 90
+    quality, is_png = 90, path.suffix.lower() == ".png"
     while True:
-        sheet.save(path, "JPEG", quality=quality, optimize=True)
+        sheet.save(path, **({} if is_png else {"quality": quality}), optimize=True)
         if path.stat().st_size <= max_bytes or min(sheet.size) < 64:
             return path
-        if quality > 60:
+        if quality > 60 and not is_png:
             quality -= 10
         else:
             sheet = sheet.resize((sheet.width * 4 // 5, sheet.height * 4 // 5), Image.Resampling.LANCZOS)

@@ -18,7 +18,7 @@ language model's projections), `qlora` (the same over 4-bit weights), `full`.
 
 import argparse
 import difflib
-import inspect
+import json
 import os
 import re
 import tempfile
@@ -29,14 +29,24 @@ import numpy as np
 import torch
 import yaml
 from datasets import concatenate_datasets
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.coco import load_coco
 from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator, answer_slots, group_rows_by_image
+from perceptiongpt.data.mixtures import (
+    MIXTURE_DEFAULTS,
+    PART_KEYS,
+    PREPARE_KEYS,
+    Mixture,
+    MixtureCollator,
+    load_parts,
+    print_parts,
+)
 from perceptiongpt.data.schema import DIRECT_TASKS, decode_rle, row_to_messages
+from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, load_source, source_arguments
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,7 +58,7 @@ UNREACHED_TOWER_PARTS = re.compile(
 )
 LOSS_TERMS = ("loss_lm", "loss_box", "loss_mask", "loss_iou")
 SIGNAL_LABELS = ("labels", "boxes", "masks", "boxes_valid", "masks_valid")
-SOURCES = {"coco": load_coco}
+RECIPE_SOURCES = (*SOURCES, "parquet")  # the last: a folder that data.prepare has made
 
 DEFAULTS = {
     # One of: `checkpoint` (a PerceptionGPT folder or id), `vision` and `text` (backbones), `llava` (a LLaVA id).
@@ -70,7 +80,8 @@ DEFAULTS = {
         "target_modules": list(LORA_TARGETS),
         "train_vision_tower": False,
     },
-    # `train` and `eval`: one source or a list of them: {source: coco, annotations: .., images: .., tasks: [..], ..}.
+    # `train` and `eval`: one source or a list of them: {source: coco, annotations: .., images: .., tasks: [..], ..} or
+    # {source: parquet, root: .., split: ..}. `train` may be a mixture instead: see `data/mixtures.py`.
     # Besides the losses, evaluation lets the model answer `generate_rows` direct prompts by itself.
     "data": {"train": None, "eval": None, "generate_rows": 64, "generate_batch_size": 8, "generate_tokens": 64},
     # The arguments of `PerceptionCollator`.
@@ -142,7 +153,6 @@ def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
 def complete_recipe(given: dict) -> dict:
     """Fill a recipe's sections up with `DEFAULTS` and check its keys; see `read_recipe`."""
     training_keys = [field.name for field in fields(TrainingArguments) if field.init]
-    source_keys = ["source", *inspect.signature(load_coco).parameters]
     known = {section: list(values) for section, values in DEFAULTS.items()}
     known["training"] = [key for key in training_keys if key != "output_dir"]  # --output says it
     everything = [section for section in known] + [f"{section}.{key}" for section in known for key in known[section]]
@@ -165,13 +175,23 @@ def complete_recipe(given: dict) -> dict:
                 check(f"{section}.{key}", [f"{section}.{key}" for key in known[section]])
         recipe[section] = {**defaults, **values}
     for part in ("train", "eval"):
-        sources = recipe["data"][part] or []
-        recipe["data"][part] = [sources] if isinstance(sources, dict) else list(sources)
-        for source in recipe["data"][part]:
+        sources, more = recipe["data"][part] or [], ()
+        if part == "train" and isinstance(sources, dict) and "mixture" in sources:
+            for key in sources:
+                check(f"data.train.{key}", [f"data.train.{key}" for key in MIXTURE_DEFAULTS])
+            recipe["data"][part] = {**MIXTURE_DEFAULTS, **sources}
+            sources, more = sources["mixture"], (*PART_KEYS, *PREPARE_KEYS)
+            if int(recipe["training"].get("max_steps") or 0) < 1:
+                raise ValueError("a mixture is a stream without end: set training.max_steps")
+        else:
+            recipe["data"][part] = sources = [sources] if isinstance(sources, dict) else list(sources)
+        for source in sources:
+            name = source.get("source", "coco")
+            if name not in RECIPE_SOURCES:
+                raise ValueError(f"data.{part}: source {name!r} is none of {', '.join(RECIPE_SOURCES)}")
+            own = ("root", "split") if name == "parquet" else (*COMMON_ARGUMENTS, *source_arguments(name))
             for key in source:
-                check(f"data.{part}.{key}", [f"data.{part}.{key}" for key in source_keys])
-            if source.get("source", "coco") not in SOURCES:
-                raise ValueError(f"data.{part}: source {source['source']!r} is none of {', '.join(SOURCES)}")
+                check(f"data.{part}.{key}", [f"data.{part}.{key}" for key in ("source", *own, *more)])
     if not recipe["data"]["train"]:
         raise ValueError("the recipe has no data.train")
     if recipe["adapter"]["mode"] not in ADAPTER_MODES:
@@ -210,9 +230,35 @@ def load_sources(sources: list[dict], evaluation: bool = False):
     """Load and concatenate the data sets of a recipe's `data.train` or `data.eval`; None if there are none."""
     parts = []
     for source in sources:
-        arguments = {"evaluation": evaluation, **source}
-        parts.append(SOURCES[arguments.pop("source", "coco")](**arguments))
+        arguments = dict(source) if source.get("source") == "parquet" else {"evaluation": evaluation, **source}
+        parts.append(load_source(**arguments))
     return concatenate_datasets(parts) if parts else None
+
+
+def load_mixture(recipe: dict, collator: PerceptionCollator, args: TrainingArguments) -> Mixture:
+    """The recipe's mixture as this process's stream of batches; the first process prepares what is not there yet."""
+    settings = recipe["data"]["train"]
+    with args.main_process_first(local=False, desc="preparing the sources of the mixture"):
+        parts = load_parts(settings, settings["cache"] or Path(args.output_dir, "prepared"))
+    if args.process_index == 0:
+        print_parts(parts)
+    return Mixture(
+        parts,
+        args.per_device_train_batch_size,
+        settings["token_budget"],
+        collator.length,
+        collator.pack,
+        settings["window"],
+        settings["seed"],
+        settings["stopping_strategy"],
+        args.process_index,
+        args.world_size,
+    )
+
+
+def stream_file(checkpoint: str | Path, process: int) -> Path:
+    """Where a checkpoint keeps how far a process has come in its stream."""
+    return Path(checkpoint, f"stream_{process}.json")
 
 
 def load_model(recipe: dict, quantized: bool = False):
@@ -391,6 +437,8 @@ class PerceptionTrainer(Trainer):
                 break
         counts = self.count_targets(batches).clamp(min=1)
         for batch in batches:
+            if "stream_state" in batch:
+                self.train_dataset.took(batch.pop("stream_state"))
             batch["num_boxes_in_batch"], batch["num_masks_in_batch"] = counts[1], counts[2]
         self._train_steps += 1
         return batches, counts[0]
@@ -432,6 +480,26 @@ class PerceptionTrainer(Trainer):
             self._terms["train"].zero_()
             self._train_steps = 0
         super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        """As the library's; a mixture makes its batches, and shares itself among the processes, by itself."""
+        if not isinstance(self.train_dataset, Mixture):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=None,
+            collate_fn=MixtureCollator(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+
+    def _save_rng_state(self, output_dir):
+        """Every process saves its state here: that of its stream too."""
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, Mixture):
+            stream_file(output_dir, self.args.process_index).write_text(json.dumps(self.train_dataset.state_dict()))
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As the library's, with the collator's evaluation form: no jitter, no dropping."""
@@ -587,18 +655,24 @@ def train(recipe: dict, output: str | Path, resume: bool = False) -> PerceptionT
     # Before the model: the arguments set up distributed training and ZeRO-3, which builds models in pieces.
     args = TrainingArguments(**{**TRAINING_DEFAULTS, **recipe["training"], "output_dir": str(output)})
     set_seed(args.seed)
-    train_rows = load_sources(recipe["data"]["train"])
-    eval_rows = load_sources(recipe["data"]["eval"], evaluation=True)
-    if train_rows is None or len(train_rows) == 0:
+    streams = isinstance(recipe["data"]["train"], dict)
+    train_dataset = None if streams else load_sources(recipe["data"]["train"])
+    eval_dataset = eval_rows = load_sources(recipe["data"]["eval"], evaluation=True)
+    if not streams and (train_dataset is None or len(train_dataset) == 0):
         raise ValueError("data.train gives no rows: no object of the asked size, or no such task")
 
     model, processor = load_model(recipe, quantized=recipe["adapter"]["mode"] == "qlora")
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     model = add_adapter(model, **recipe["adapter"], autocast_adapter_dtype=not sharded)
     collator = PerceptionCollator(processor, model.config, **recipe["collator"])
-    train_dataset, eval_dataset = train_rows, eval_rows
+    if streams:
+        train_dataset = load_mixture(recipe, collator, args)
+        args.ignore_data_skip = True  # the stream seeks by itself
+        if last_checkpoint is not None:
+            train_dataset.load_state_dict(json.loads(stream_file(last_checkpoint, args.process_index).read_text()))
+    elif collator.pack is not None:
+        train_dataset = group_rows_by_image(train_dataset, collator.pack, collator.seed)
     if collator.pack is not None:
-        train_dataset = group_rows_by_image(train_rows, collator.pack, collator.seed)
         eval_dataset = eval_rows and group_rows_by_image(eval_rows, collator.pack, collator.seed)
     trainer = PerceptionTrainer(
         model=model,

@@ -1,7 +1,7 @@
 """Rows of the schema -> one training batch: labels, what each `<vis>` is read as, jitter, packing, padding.
 
 All randomness is drawn here, per row, from (seed, epoch, content of the row): the same row in the same epoch gets the
-same draw, whatever batch, process or worker it is in.
+same draw, whatever batch, process or worker it is in. (A row of a stream says its `epoch` itself.)
 """
 
 import copy
@@ -77,6 +77,19 @@ class PerceptionCollator:
         """Make the draws those of another epoch, here and in every running worker."""
         self._epoch.fill_(epoch)
 
+    def length(self, row: dict) -> tuple[int, int]:
+        """How many tokens a row will have, and how many of them come up to and with its last picture.
+
+        No picture is opened: each `<image>` stands for `image_seq_length` tokens.
+        """
+        tokenizer = self.processor.tokenizer
+        text = self.processor.apply_chat_template(row_to_messages(row))
+        starts = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not starts).input_ids
+        pictures = [index for index, token in enumerate(ids) if token == self.image_token_id]
+        more = len(pictures) * (self.processor.image_seq_length - 1)
+        return len(ids) + more, pictures[-1] + 1 + more if pictures else 0
+
     def for_evaluation(self) -> "PerceptionCollator":
         """The same collator without jitter, reading answers as their box wherever there is one, as at inference."""
         collator = copy.copy(self)
@@ -101,7 +114,7 @@ class PerceptionCollator:
         answer, boxes = encoded["answer"], encoded["boxes"]
         boxes_valid, masks_valid = encoded["boxes_valid"], encoded["masks_valid"]
         identity = [row[key] for key in ("source", "image_id", "split", "task", "messages", "boxes", "masks")]
-        generator = stable_generator(self.seed, int(self._epoch), identity)
+        generator = stable_generator(self.seed, row.get("epoch", int(self._epoch)), identity)
         reading = torch.from_numpy(generator.choice(len(READINGS), size=len(boxes), p=self.weights))
         drop_mask = answer & boxes_valid & (reading == READINGS.index("box"))
         drop_box = answer & masks_valid & (reading == READINGS.index("mask"))

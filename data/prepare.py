@@ -1,0 +1,531 @@
+"""Turn a data set from its original files into parquet shards in the schema of `data/schema.py`.
+
+    python -m perceptiongpt.data.prepare coco --root coco --split train --output prepared/coco
+    python -m perceptiongpt.data.prepare refer --root refer --dataset refcoco --split_by unc --split val \
+        --images coco/train2014 --output prepared/refcoco --preview 12
+    python -m perceptiongpt.data.prepare SOURCE --help       # what a source takes
+
+OUTPUT holds `<split>-00000-of-0000N.parquet`, `summary.json` (rows, images, signals per task, what was left out and
+why) and a `README.md` that tells `datasets.load_dataset(OUTPUT)` and the Hub which file belongs to which split. Images
+are stored by path, or as they are with `--embed_images`. The same command again goes on where it was stopped, and gives
+the same bytes.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import pyarrow
+import yaml
+from pyarrow import parquet
+from tqdm import tqdm
+
+from perceptiongpt.data.reading import Problems, picture_size
+from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
+from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, prepared_files, raw_rows, source_arguments
+
+
+ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
+ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+Prepared for PerceptionGPT from {sources}; one row is one conversation about its picture.
+`summary.json` holds the counts. The licences of the original annotations and pictures apply.
+"""
+
+
+def prepare(
+    source: str,
+    output: str | Path,
+    *,
+    split: str = "train",
+    pictures: str = "path",
+    num_proc: int = 1,
+    on_error: str = "raise",
+    rows_per_shard: int | None = None,
+    progress: bool = False,
+    **arguments,
+) -> dict:
+    """Write the rows of one split of a source to parquet shards.
+
+    Args:
+        source: one of `data.sources.SOURCES`.
+        output: the folder to write to; other splits may be there already.
+        split: handed to the source; also what the files are called.
+        pictures: `path` (the shards name the files), `embed` (they hold them) or `none`.
+        num_proc: processes that check rows, open pictures and write; the source itself is read by one.
+        on_error: `raise` at the first bad record, or `skip` and count it.
+        rows_per_shard: rows of the source that go to one shard.
+        progress: show a progress bar.
+        arguments: further ones of the source.
+
+    Returns:
+        The summary of this split, as in `summary.json`.
+
+    Raises:
+        ValueError: for a bad record, or if `output` holds this split made from something else.
+    """
+    if pictures not in ROWS_PER_SHARD or on_error not in ("raise", "skip"):
+        raise ValueError(f"pictures {pictures!r} is one of path, embed, none; on_error {on_error!r} of raise, skip")
+    rows_per_shard = rows_per_shard or ROWS_PER_SHARD[pictures]
+    if min(num_proc, rows_per_shard) < 1:
+        raise ValueError(f"num_proc {num_proc} and rows_per_shard {rows_per_shard} must be at least 1")
+    if pictures == "none":
+        arguments["images"] = False
+    arguments = {name: value for name, value in {"split": split, **arguments}.items() if value is not None}
+    settings = {"source": source, "arguments": arguments, "pictures": pictures, "on_error": on_error}
+    settings = json.loads(json.dumps({**settings, "rows_per_shard": rows_per_shard}, default=str))
+
+    output = Path(output)
+    work = output / f".{split}"
+    done = read_summary(output).get(split)
+    if done is None and not work.exists() and any(output.glob(f"{split}-*-of-*.parquet")):
+        raise ValueError(f"{output}: holds files of the split {split!r} that summary.json does not know")
+    check_settings(output, split, settings, done["settings"] if done else read_json_file(work / "settings.json"))
+    if done is None:
+        done = read_json_file(work / "summary.json")  # it was stopped between the last shard and the end
+        if done is None:
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(work / "settings.json", settings)
+            done = _make_shards(source, arguments, work, pictures, num_proc, on_error, rows_per_shard, progress)
+            done = {"settings": settings, **done}
+            write_json(work / "summary.json", done)
+        for index in range(done["shards"]):
+            shard = work / f"{index:05d}.parquet"
+            if shard.exists():
+                os.replace(shard, output / f"{split}-{index:05d}-of-{done['shards']:05d}.parquet")
+        summary = {**read_summary(output), split: done}
+        write_text(output / "README.md", dataset_card(summary))
+        write_json(output / "summary.json", summary)
+    if work.exists():
+        shutil.rmtree(work)
+    return done
+
+
+def read_summary(output: str | Path) -> dict:
+    """`summary.json` of a prepared folder: per split what `prepare` returned; empty if there is none."""
+    return read_json_file(Path(output) / "summary.json") or {}
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _make_shards(source, arguments, work, pictures, num_proc, on_error, rows_per_shard, progress) -> dict:
+    """Cut the stream of rows into shards and write those that are not there; the summary of all of them."""
+    problems = Problems(skip=on_error == "skip")
+    stream = raw_rows(source, **arguments, problems=problems)
+    total, index = _Summary(), 0
+    waiting: deque[Future] = deque()
+    bar = tqdm(desc=f"{source} {arguments['split']}", unit=" rows", disable=not progress)
+
+    def collect(report: dict) -> None:
+        total.add(report)
+        bar.update(report["rows"])
+
+    with bar, _Workers(num_proc) as workers:
+        while chunk := list(islice(stream, rows_per_shard)):
+            digest = _digest(chunk)
+            report = read_json_file(work / f"{index:05d}.json")
+            if report is not None and report["digest"] == digest:
+                collect(report)
+            else:
+                shard = (chunk, digest, index * rows_per_shard, work / f"{index:05d}", pictures, on_error)
+                waiting.append(workers.submit(_write_shard, *shard))
+            index += 1
+            while len(waiting) > num_proc:
+                collect(waiting.popleft().result())
+        while waiting:
+            collect(waiting.popleft().result())
+    total.problems.update(problems)
+    if not total.rows:
+        raise ValueError(f"source {source!r} gives no rows for {arguments}; {_listed(total.problems)}")
+    return {"shards": index, **total.as_dict()}
+
+
+def _write_shard(rows, digest, first, path, pictures, on_error) -> dict:
+    """Check the rows of a shard and write them: first the shard, then, in one step that makes it valid, its report."""
+    problems = Problems(skip=on_error == "skip")
+    total, kept = _Summary(), []
+    for index, row in enumerate(rows, first):
+        try:
+            row, clipped = validate_row(row, index, pictures != "none")
+            row = {**row, "image": _stored(row, pictures, index)}
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            problems.report(describe_row(row, index), str(error), "row breaks the schema")
+            continue
+        total.count(row, clipped)
+        kept.append(row)
+    several = any(isinstance(row["image"], list) for row in kept)
+    if several:
+        kept = [{**row, "image": row_images(row)} for row in kept]
+    table = pyarrow.Table.from_pylist(kept, schema=row_features(several).arrow_schema)
+    replace_file(path.with_suffix(".parquet"), lambda file: parquet.write_table(table, file, ROWS_PER_GROUP[pictures]))
+    total.problems = problems
+    report = {"digest": digest, **total.as_dict(with_images=True)}
+    write_json(path.with_suffix(".json"), report)
+    return report
+
+
+def _stored(row: dict, pictures: str, index: int):
+    """The column `image` as the shard holds it."""
+    if pictures == "none":
+        return None
+    name = describe_row(row, index)
+    several = isinstance(row["image"], (list, tuple))
+    stored = []
+    for image in row_images(row):
+        if not isinstance(image, dict):  # a picture that was made, not read
+            buffer = BytesIO()
+            image.save(buffer, "PNG")
+            image = {"path": None, "bytes": buffer.getvalue()}
+        opened = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+        size = picture_size.__wrapped__(opened) if isinstance(opened, BytesIO) else picture_size(opened)
+        if not several and size != (row["width"], row["height"]):
+            raise ValueError(
+                f"{name}: {image['path'] or 'the picture'} is {size[0]} x {size[1]} pixels, the annotations say "
+                f"{row['width']} x {row['height']}"
+            )
+        if image.get("bytes") is not None:
+            stored.append({"path": image.get("path") and Path(image["path"]).name, "bytes": image["bytes"]})
+        elif pictures == "embed":
+            stored.append({"path": Path(image["path"]).name, "bytes": Path(image["path"]).read_bytes()})
+        else:
+            stored.append({"path": str(Path(image["path"]).resolve()), "bytes": None})
+    return stored if several else stored[0]
+
+
+class _Summary:
+    """Counts over rows."""
+
+    def __init__(self):
+        self.rows, self.clipped, self.images, self.tasks = 0, 0, set(), {}
+        self.problems = Problems(skip=True)
+
+    def count(self, row: dict, clipped: int) -> None:
+        self.rows += 1
+        self.clipped += clipped
+        self.images.add(_short_digest(f"{row['source']}/{row['image_id']}"))
+        given = {"rows": 1, "boxes": len(row["boxes"]) - row["boxes"].count(None)}
+        given["masks"] = len(row["masks"]) - row["masks"].count(None)
+        self.tasks[row["task"]] = dict(Counter(given) + Counter(self.tasks.get(row["task"], {})))
+
+    def add(self, report: dict) -> None:
+        self.rows += report["rows"]
+        self.clipped += report["clipped"]
+        self.images.update(report["image_digests"])
+        for task, counts in report["tasks"].items():
+            self.tasks[task] = dict(Counter(counts) + Counter(self.tasks.get(task, {})))
+        self.problems.update(Problems(True, counts=Counter(report["left_out"]), examples=report["examples"]))
+
+    def as_dict(self, with_images: bool = False) -> dict:
+        tasks = {
+            task: {key: self.tasks[task].get(key, 0) for key in ("rows", "boxes", "masks")}
+            for task in sorted(self.tasks)
+        }
+        summary = {"rows": self.rows, "images": len(self.images), "clipped": self.clipped, "tasks": tasks}
+        summary |= {"left_out": dict(sorted(self.problems.counts.items())), "examples": self.problems.examples}
+        return {**summary, "image_digests": sorted(self.images)} if with_images else summary
+
+
+class _Workers:
+    """A pool of `num_proc` processes, or this one if it is to be one."""
+
+    def __init__(self, num_proc: int):
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(num_proc, spawn, initializer=end_with_parent) if num_proc > 1 else None
+
+    def submit(self, function, *arguments) -> Future:
+        if self.pool:
+            return self.pool.submit(function, *arguments)
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever, or go on writing beside the next run."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _digest(rows: list[dict]) -> str:
+    """A digest of the rows of a shard as the source gives them."""
+
+    def plain(value):
+        content = value if isinstance(value, bytes) else value.tobytes()  # a picture
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    return hashlib.blake2b(json.dumps(rows, default=plain).encode(), digest_size=16).hexdigest()
+
+
+def _short_digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+# ---- files that are whole or not there -------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, write) -> None:
+    """Let `write` fill a new file and put it in the place of `path` in one step."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        write(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json_file(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_settings(output: Path, split: str, settings: dict, before: dict | None) -> None:
+    if before is not None and before != settings:
+        changed = [
+            f"{key}={before.get(key)!r} (now {settings[key]!r})" for key in settings if before.get(key) != settings[key]
+        ]
+        raise ValueError(
+            f"{output}: the split {split!r} was made with {', '.join(changed)}; choose another output or delete it"
+        )
+
+
+def dataset_card(summary: dict) -> str:
+    files = "\n".join(f'  - split: {split}\n    path: "{split}-*.parquet"' for split in summary)
+    return CARD.format(
+        files=files, sources=", ".join(sorted({part["settings"]["source"] for part in summary.values()}))
+    )
+
+
+# ---- looking at it ---------------------------------------------------------------------------------------------------
+
+
+def print_summary(split: str, summary: dict) -> None:
+    """Print what `prepare` returned."""
+    print(f"{split}: {summary['rows']:,} rows about {summary['images']:,} images in {summary['shards']} shards")
+    print(f"  {'task':<20}{'rows':>12}{'boxes':>12}{'masks':>12}")
+    for task, counts in summary["tasks"].items():
+        print(f"  {task:<20}{counts['rows']:>12,}{counts['boxes']:>12,}{counts['masks']:>12,}")
+    if summary["clipped"]:
+        print(f"  {summary['clipped']:,} boxes overhung their picture by at most a pixel and were clipped")
+    for reason, count in summary["left_out"].items():
+        print(f"  left out: {count:,} x {reason}")
+    for example in summary["examples"]:
+        print(f"    {example}")
+
+
+def _listed(problems: Problems) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in problems.counts.items()) or "nothing was left out"
+
+
+def preview_rows(root: str | Path, split: str, count: int) -> list[dict]:
+    """`count` rows of a prepared split, as many of each task as possible, evenly spread over the files."""
+    files = prepared_files(root, split)
+    places, tasks = [], {}
+    for file in files:
+        for index, task in enumerate(parquet.read_table(file, columns=["task"])["task"].to_pylist()):
+            tasks.setdefault(task, []).append(len(places))
+            places.append((file, index))
+    chosen, share = [], -(-count // max(len(tasks), 1))
+    for task in sorted(tasks):
+        found = tasks[task]
+        chosen += [found[(2 * i + 1) * len(found) // (2 * share)] for i in range(min(share, len(found)))]
+    chosen = list(dict.fromkeys(chosen))
+    chosen = [chosen[i * len(chosen) // min(count, len(chosen))] for i in range(min(count, len(chosen)))]
+    rows = []
+    for file, index in (places[place] for place in chosen):
+        content = parquet.ParquetFile(file)
+        for group in range(content.num_row_groups):
+            size = content.metadata.row_group(group).num_rows
+            if index < size:
+                rows += content.read_row_group(group).slice(index, 1).to_pylist()
+                break
+            index -= size
+    return rows
+
+
+def draw_row(row: dict):
+    """A row's (first) picture with its boxes and masks, numbered as in the conversation below it.
+
+    Without a picture at hand they are drawn on grey.
+    """
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+    from perceptiongpt.drawing import draw_objects
+
+    stored = row_images(row)[0]
+    if stored is None:
+        image = Image.new("RGB", (row["width"], row["height"]), "#B0B0B0")
+    else:
+        image = ImageFeature(mode="RGB").decode_example(stored) if isinstance(stored, dict) else stored
+    lines, number = [], 0
+    for message in row["messages"]:
+        first, *others = message["content"].replace(IMAGE_TOKEN, "").split(VIS_TOKEN)
+        for other in others:
+            number += 1
+            first += f"[{number}]{other}"
+        first = first.replace(PHRASE_START_TOKEN, "").replace(PHRASE_END_TOKEN, " ")
+        lines.append(f"{'Q' if message['role'] == 'user' else 'A'}: {first}")
+    objects = [
+        {"box": box, "mask": mask, "phrase": f"[{index}]", "score": None}
+        for index, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True), 1)
+    ]
+    for found in objects:
+        if found["box"] is None:
+            from pycocotools import mask as coco_mask
+
+            x, y, width, height = coco_mask.toBbox({**found["mask"], "counts": found["mask"]["counts"].encode()})
+            found["box"] = [x, y, x + width, y + height]
+    return draw_objects(image, {"objects": objects}, caption=f"{row['task']} | " + " | ".join(lines))
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def _own_arguments(name: str) -> Iterator[tuple[str, inspect.Parameter]]:
+    for argument, parameter in source_arguments(name).items():
+        if argument not in COMMON_ARGUMENTS and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            yield argument, parameter
+
+
+def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namespace:
+    """The options; `own` are those that the source alone takes."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m perceptiongpt.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
+    parser.add_argument("--root", metavar="DIR", help="the folder with the data set as its authors pack it")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--split", nargs="+", default=["train"], help="one or more splits")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures, if it is elsewhere")
+    parser.add_argument("--annotations", nargs="+", metavar="FILE", help="annotation files that are elsewhere")
+    parser.add_argument("--tasks", nargs="+", help="only these of the source's tasks")
+    parser.add_argument("--seed", type=int, help="of the prompts and whatever else is drawn (default 0)")
+    parser.add_argument("--evaluation", action="store_true", help="the fixed prompts that measuring uses")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images or records")
+    parser.add_argument("--embed_images", action="store_true", help="put the pictures into the shards")
+    parser.add_argument("--no_images", action="store_true", help="rows without pictures, which need not be at hand")
+    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument(
+        "--on_error", choices=["raise", "skip"], default="raise", help="at a bad record (default: raise)"
+    )
+    parser.add_argument("--rows_per_shard", type=int, metavar="N")
+    parser.add_argument("--preview", type=int, default=0, metavar="N", help="draw N rows to OUTPUT/preview-<split>.png")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to a data set repository afterwards")
+    named = next((argument for argument in arguments if argument in SOURCES), None)
+    own = list(_own_arguments(named)) if named else []
+    if own:
+        group = parser.add_argument_group(f"of the source {named}")
+        for name, parameter in own:
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            group.add_argument(f"--{name}", dest=f"own_{name}", metavar="VALUE", help=f"default: {default}")
+    options = parser.parse_args(arguments)
+    if options.embed_images and options.no_images:
+        parser.error("--embed_images and --no_images exclude each other")
+    if options.push_to_hub and not (options.embed_images or options.no_images):
+        parser.error("--push_to_hub needs --embed_images (or --no_images): paths mean nothing elsewhere")
+    options.own = {}
+    for name, parameter in own:
+        value = getattr(options, f"own_{name}")
+        if value is not None:
+            options.own[name] = value if isinstance(parameter.default, str) else yaml.safe_load(value)
+    return options
+
+
+def push(output: str | Path, repository: str) -> None:
+    """Upload a prepared folder to a data set repository of the Hub, which is made if it is not there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, repo_type="dataset", exist_ok=True)
+    api.upload_folder(
+        repo_id=repository,
+        repo_type="dataset",
+        folder_path=str(output),
+        allow_patterns=["*.parquet", "summary.json", "README.md"],
+        commit_message="Prepared data",
+    )
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The command line; see the head of this file."""
+    options = read_command_line(arguments)
+    common = {name: getattr(options, name) for name in ("root", "annotations", "tasks", "seed", "limit", "images")}
+    common["evaluation"] = options.evaluation or None
+    takes = source_arguments(options.source)
+    try:
+        for name, value in common.items():
+            if value is not None and name not in takes:
+                raise ValueError(f"source {options.source!r} takes no --{name}")
+        for split in options.split:
+            summary = prepare(
+                options.source,
+                options.output,
+                split=split,
+                pictures="embed" if options.embed_images else "none" if options.no_images else "path",
+                num_proc=options.num_proc,
+                on_error=options.on_error,
+                rows_per_shard=options.rows_per_shard,
+                progress=True,
+                **common,
+                **options.own,
+            )
+            print_summary(split, summary)
+            if options.preview:
+                from perceptiongpt.drawing import contact_sheet
+
+                drawn = [draw_row(row) for row in preview_rows(options.output, split, options.preview)]
+                sheet = contact_sheet(
+                    drawn, 4, Path(options.output, f"preview-{split}.png"), cell=512, max_bytes=8_000_000
+                )
+                print(f"  {sheet}")
+        if options.push_to_hub:
+            push(options.output, options.push_to_hub)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
