@@ -439,7 +439,7 @@ def test_recipe_overrides_and_numbers(tmp_path):
         ("adaptor.mode=lora", "'adaptor'.*adapter"),
         ("collator.box_jiter=0", "collator.box_jitter"),
         ("data.train.anotations=x", "data.train.annotations"),
-        ("data.train.source=lvis", "none of coco"),
+        ("data.train.source=lviss", "none of coco"),
         ("training.output_dir=x", "unknown key 'training.output_dir'"),
         ("adapter.mode=lore", "none of heads, lora, qlora, full"),
         ("model.vision=x", "vision together with text"),
