@@ -165,14 +165,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def check_name(name: str) -> None:
+    """`InputError` unless this is a folder or could be a repository id."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise InputError(f"--model {name}: there is no such folder")
+
+
 def load(name: str, device: str | None, dtype: str):
     """(model in eval mode, processor) of a folder or a repository id.
 
     Raises:
         InputError: there is no such checkpoint, or it is not one of this kind.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"--model {name}: there is no such folder")
+    check_name(name)
     perceptiongpt.register()
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from drawn_rows import drawn_rows
 from transformers import LlamaConfig, MistralConfig
 
+from drawn_rows import drawn_rows
 from perceptiongpt.data.collator import (
     IGNORED_LABEL,
     PerceptionCollator,

@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 from datasets import Dataset
-from drawn_rows import drawn_rows
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from drawn_rows import drawn_rows
 from perceptiongpt.data.coco import COCO_TASKS, coco_rows, load_coco, refer_expressions, segmentation_to_rle
 from perceptiongpt.data.schema import decode_rle, rle_runs, row_features, row_to_messages, validate_row
 

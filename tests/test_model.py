@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, batch_and_singles, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
@@ -11,6 +10,7 @@ from perceptiongpt import train as training
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
 from perceptiongpt.signals_perceptiongpt import SIGNALS
+from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, batch_and_singles, tiny_config, tiny_model
 
 
 TOLERANCE = 1e-4

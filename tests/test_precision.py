@@ -7,13 +7,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from rows import GRID_TOKENS, IMAGE, VIS, tiny_model
 from transformers import TrainingArguments
 from transformers import pipeline as make_pipeline
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator
+from rows import GRID_TOKENS, IMAGE, VIS, tiny_model
 
 
 WIDTH, HEIGHT = 1000, 600

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, ForcedVis, batch_and_singles, tiny_model
 from torch import distributed as dist
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration
 from perceptiongpt import train as training
+from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, ForcedVis, batch_and_singles, tiny_model
 
 
 TOLERANCE = 1e-4

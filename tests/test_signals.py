@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import MASK_SIZE, tiny_config, tiny_model
 from torch import nn
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
@@ -22,6 +21,7 @@ from perceptiongpt.signal_mask_perceptiongpt import (
     sine_position_table,
 )
 from perceptiongpt.signals_perceptiongpt import SIGNALS
+from rows import MASK_SIZE, tiny_config, tiny_model
 
 
 TOLERANCE = 1e-5

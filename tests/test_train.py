@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from drawn_rows import drawn_rows
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
+from drawn_rows import drawn_rows
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
