@@ -21,8 +21,8 @@ def test_drawn_shapes_are_where_their_annotations_say(tmp_path):
     source.pop("source")
     again = draw_coco(tmp_path / "again", 12, 3, list(KNOWN_SHAPES))
     assert Path(source["annotations"]).read_text() == Path(again["annotations"]).read_text()
-    rows = [row for row in load_coco(**source, tasks=["refer"]) if row["messages"][0]["content"].count("image")]
-    assert len(rows) > 20
+    rows = list(load_coco(**source, tasks=["refer"]))
+    assert len(rows) > 15
     for row in rows:
         color = next(name for name in COLORS if name in row["messages"][0]["content"].lower())
         pixels = np.asarray(row["image"].convert("RGB"), dtype=float)
