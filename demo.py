@@ -233,7 +233,7 @@ def warm_up_tower(tower: CLIPVisionModel, source: dict, num_steps: int = 1200, b
 def ask(pipe: PerceptionPipeline, picture: Image.Image, there: list[str], absent: str, path: Path) -> None:
     """Ask for everything that is on a picture, and for one thing that is not; draw the answers."""
     prompts = [f"Find every {name}." for name in there]
-    results = pipe([picture] * (len(prompts) + 1), [*prompts, f"Find every {absent}."])
+    results = pipe([picture] * (len(prompts) + 1), [*prompts, f"Find every {absent}."], max_new_tokens=16)
     objects = [{**found, "phrase": name} for name, result in zip(there, results) for found in result["objects"]]
     objects += [{**found, "phrase": absent} for found in results[-1]["objects"]]
     draw_objects(picture, {"objects": objects}, caption=results[-1]["text"] or None).save(path)
