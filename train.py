@@ -173,7 +173,9 @@ def complete_recipe(given: dict) -> dict:
         if section not in FREE_KEYS:
             for key in values:
                 check(f"{section}.{key}", [f"{section}.{key}" for key in known[section]])
-        recipe[section] = {**defaults, **values}
+        # YAML reads a bare `no` as false; the strategies of the library's Trainer are called "no".
+        strategies = {key: "no" for key, value in values.items() if key.endswith("_strategy") and value is False}
+        recipe[section] = {**defaults, **values, **strategies}
     for part in ("train", "eval"):
         sources, more = recipe["data"][part] or [], ()
         if part == "train" and isinstance(sources, dict) and "mixture" in sources:

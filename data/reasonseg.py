@@ -158,10 +158,9 @@ def _columns(record: dict, folder: Path, name: str, images: str | Path | bool | 
     size = None if None in stated else (get(record, "imageWidth", of=int), get(record, "imageHeight", of=int))
     names = [name + suffix for suffix in PICTURE_SUFFIXES]
     if images is False and size is None:
-        try:
-            size = picture_size(find_image(folder, next(n for n in names if (folder / n).is_file())))
-        except StopIteration:
-            pass  # `known_size` says what is missing
+        # Where there is none, `known_size` says what is missing.
+        there = [candidate for candidate in names if (folder / candidate).is_file()]
+        size = picture_size(find_image(folder, there[0])) if there else None
     return Pictures(images, folder).columns(*names, size=size)
 
 

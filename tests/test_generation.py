@@ -75,7 +75,7 @@ def replay(model, inputs, output, sequences_per_row=1):
     return forward
 
 
-def same(first, second):
+def check_same(first, second):
     assert torch.equal(first.sequences, second.sequences)
     assert torch.equal(first.object_valid, second.object_valid)
     seen = first.object_valid
@@ -85,7 +85,7 @@ def same(first, second):
 
 def test_cached_equals_uncached(model):
     inputs, _ = batch_and_singles()
-    same(run(model, inputs), run(model, inputs, use_cache=False))
+    check_same(run(model, inputs), run(model, inputs, use_cache=False))
 
 
 def test_boxes_are_fed_back(model, monkeypatch):
@@ -155,11 +155,11 @@ def test_other_caches_equal_the_dynamic_one(model, kind):
     inputs, _ = batch_and_singles()
     expected = run(model, inputs)
     if kind == "static":
-        same(expected, run(model, inputs, cache_implementation="static"))
+        check_same(expected, run(model, inputs, cache_implementation="static"))
     else:
         config = model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=config) if kind == "own_dynamic" else StaticCache(config=config, max_cache_len=96)
-        same(expected, run(model, inputs, past_key_values=cache))
+        check_same(expected, run(model, inputs, past_key_values=cache))
 
 
 @pytest.mark.parametrize("full_prompt", [True, False])
@@ -243,7 +243,7 @@ def test_questions_share_the_prefix_of_a_picture(model):
         ids = torch.cat([prefix["input_ids"], torch.tensor([tail])], dim=1)
         whole = {**inputs, "input_ids": ids}
         text_only = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        same(run(model, whole), run(model, text_only, past_key_values=copy.deepcopy(shared)))
+        check_same(run(model, whole), run(model, text_only, past_key_values=copy.deepcopy(shared)))
 
 
 def test_inputs_embeds_equal_ids(model):
@@ -267,7 +267,7 @@ def test_inputs_embeds_equal_ids(model):
 
 def test_chunked_prefill_equals_one_go(model):
     _, singles = batch_and_singles()
-    same(run(model, singles[2]), run(model, singles[2], prefill_chunk_size=7))
+    check_same(run(model, singles[2]), run(model, singles[2], prefill_chunk_size=7))
 
 
 def test_one_tower_pass_however_many_sequences(model, monkeypatch):

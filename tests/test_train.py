@@ -509,3 +509,8 @@ if __name__ == "__main__":
     )
     metrics = evaluate(checkpoint, output, per_device_eval_batch_size=2, ddp_backend="gloo")
     torch.save((*step, metrics), Path(output) / f"rank{os.environ['RANK']}.pt")
+
+
+def test_a_bare_no_is_a_strategy():
+    recipe = training.read_recipe(ROOT / "recipes/coco_full.yaml", ["training.eval_strategy=no"])
+    assert recipe["training"]["eval_strategy"] == "no"
