@@ -512,5 +512,6 @@ if __name__ == "__main__":
 
 
 def test_a_bare_no_is_a_strategy():
-    recipe = training.read_recipe(ROOT / "recipes/coco_full.yaml", ["training.eval_strategy=no"])
+    path = Path(training.__file__).parent / "recipes/coco_full.yaml"
+    recipe = training.read_recipe(path, ["training.eval_strategy=no"])
     assert recipe["training"]["eval_strategy"] == "no"
