@@ -513,5 +513,5 @@ if __name__ == "__main__":
 
 def test_a_bare_no_is_a_strategy():
     path = Path(training.__file__).parent / "recipes/coco_full.yaml"
-    recipe = training.read_recipe(path, ["training.eval_strategy=no"])
+    recipe = training.read_recipe(path, ["model.checkpoint=somewhere", "training.eval_strategy=no"])
     assert recipe["training"]["eval_strategy"] == "no"
