@@ -1,7 +1,7 @@
 """Draw pictures, train on them, ask about new ones: the way of a COCO folder of one's own, in a few minutes.
 
     python demo.py --output outputs/demo
-    python demo.py --output outputs/scratch --from_scratch     # from random weights, as recipes/demo_from_scratch.yaml says
+    python demo.py --output outputs/scratch --from_scratch     # from random weights: recipes/demo_from_scratch.yaml
 
 The checkpoint in this folder knows circles, squares, triangles and stars; the demo teaches it crosses. Everything is
 drawn here or ships with scikit-image. `OUTPUT` gets COCO folders of drawn pictures, the trained model, and annotated
