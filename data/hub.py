@@ -2,13 +2,17 @@
 
 | role | its column holds |
 | --- | --- |
-| `image` | the picture (required) |
-| `phrase` | what the signals show: a text, or a list of texts for the same object -> `refer` |
+| `image` | the picture, or its path (required) |
+| `phrase` | what the signals show, a text or several -> `refer` |
 | `box` | four numbers, or a list of such boxes |
-| `mask` | COCO polygons (also one flat polygon), an RLE, or a picture of the mask |
+| `mask` | COCO polygons (also one flat polygon), an RLE, or a picture of the mask; or a list of RLEs or pictures |
 | `caption` | a text, or several -> `caption`; with a box or mask, its `region_caption` |
 | `question`, `answer` | texts -> `vqa`; with a box or mask, `region_vqa` |
-| `image_id` | a name or number of the picture; COCO file names become COCO's number |
+| `image_id` | a name or number of the picture; COCO file names, here or of the picture, become COCO's number |
+| `width`, `height` | of the picture, pixels; needed only where pictures that are given by path are not at hand |
+
+One text is about all objects of its record. Several texts are about its one object, or, as many as objects, about one
+each (the same text twice: about both).
 
 A data set that has the schema's own columns needs no mapping.
 """
@@ -21,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Image as ImageFeature
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -28,6 +33,7 @@ from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.coco import segmentation_to_rle
 from perceptiongpt.data.conversation import (
     Draw,
+    Pictures,
     Turn,
     box_from_xywh,
     check_box,
@@ -36,14 +42,16 @@ from perceptiongpt.data.conversation import (
     coco_image_id,
     each_record,
     inside_sentence,
+    known_size,
     make_row,
+    stated_size,
 )
-from perceptiongpt.data.reading import Problems, find_image, picture_size
+from perceptiongpt.data.reading import BROKEN, Problems, picture_size, safe_join, until_broken
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
-ROLES = ("image", "phrase", "box", "mask", "caption", "question", "answer", "image_id")
+ROLES = ("image", "phrase", "box", "mask", "caption", "question", "answer", "image_id", "width", "height")
 HUB_TASKS = ("refer", "box_to_mask", "caption", "region_caption", "vqa", "region_vqa")
 BOX_FORMATS = ("xyxy", "xywh", "xyxy_relative", "xywh_relative")
 # Columns of known data sets: all of the first must be there.
@@ -52,6 +60,11 @@ KNOWN_COLUMNS = {
     ("image", "answer", "segmentation", "bbox", "iscrowd", "file_name"): (
         {"image": "image", "phrase": "answer", "box": "bbox", "mask": "segmentation", "image_id": "file_name"},
         "xywh",
+    ),
+    # jxu124/refcoco, refcocoplus, refcocog: without the pictures
+    ("image_path", "captions", "bbox", "sentences", "ref_id"): (
+        {"image": "image_path", "phrase": "captions", "box": "bbox", "image_id": "image_path"},
+        "xyxy",
     ),
 }
 
@@ -77,7 +90,8 @@ def hub_rows(
         root: its id, or a local folder.
         split: one of its splits.
         annotations: files of the data set, instead of all (`data_files` of `load_dataset`).
-        images: the folder of pictures that are given by name, default `root`; False: rows without pictures.
+        images: the folder of pictures that are given by path (COCO's also under their other names), default `root`;
+            False: rows without pictures.
         tasks: any of `HUB_TASKS` that the columns offer; default all. Each phrase is a sample of its own.
         seed, evaluation: of the prompts; the fixed evaluation prompts instead.
         limit: only the first `limit` records.
@@ -86,6 +100,10 @@ def hub_rows(
             sets.
         box_format: one of `BOX_FORMATS`; pixels unless relative.
         name: a configuration of the data set.
+
+    Raises:
+        ValueError: for a data set, split, role or column that is not there, and through `problems` for a broken file
+            or record. A record that none of the tasks fits is left out and counted.
     """
     problems = problems or Problems()
     files = None if annotations is None else {split: [str(path) for path in annotations]}
@@ -97,31 +115,42 @@ def hub_rows(
             dataset = load_dataset(kind, split=split, streaming=True, data_files=files)
         else:
             dataset = load_dataset(str(root), name, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        found = list(dataset.features or next(iter(dataset), ()))
+    except (*BROKEN, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(f"{root}: split {split!r} cannot be read as a data set: {error}") from error
-    found = list(dataset.features or next(iter(dataset)))
+    except StopIteration:  # a json file without a line
+        found = []
+    if not found:
+        raise ValueError(f"{root}: split {split!r} holds no records")
     mapping, box_format = _find_mapping(columns, box_format, found, str(root))
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, ImageFeature):
             dataset = dataset.cast_column(column, ImageFeature(decode=False))
-    records = ((f"{root}, {split}: record {number}", (number, record)) for number, record in enumerate(dataset))
-    records = islice(records, limit)
+    where = f"{root}, {split}"
+    read = enumerate(until_broken(_read_all(dataset), where, problems))
+    records = islice(((f"{where}: record {number}", (number, record)) for number, record in read), limit)
     if mapping is None:
         chosen_tasks(tasks, [] if tasks else HUB_TASKS, f"hub ({root} has the schema's own columns)")
         yield from each_record(records, lambda numbered: [_own_row(numbered[1], images)], problems)
         return
+    if not _offered(mapping):
+        raise ValueError(f"{root}: the roles {', '.join(mapping)} are enough for none of {', '.join(HUB_TASKS)}")
     tasks = chosen_tasks(tasks, _offered(mapping), "hub")
-    draw = Draw("hub", seed, evaluation)
+    draw, pictures = Draw("hub", seed, evaluation), Pictures(images, Path(root))
 
-    def make(numbered) -> Iterator[dict]:
+    def make(numbered) -> list[dict]:
         number, record = numbered
-        image, (width, height) = _read_image(record.get(mapping["image"]), images or root)
-        image_id = str(record[mapping["image_id"]]) if "image_id" in mapping else str(number)
-        common = {"image": None if images is False else image, "width": width, "height": height}
-        common |= {"source": "hub", "image_id": coco_image_id(image_id) or image_id, "split": split}
         value = {role: record.get(column) for role, column in mapping.items()}
-        slots = _read_slots(value.get("box"), value.get("mask"), box_format, width, height)
-        return list(_record_rows(value, slots, number, common, tasks, draw))
+        common = _read_image(value["image"], pictures, root, stated_size(value))
+        # A bare record number would be taken for the picture of that number in another data set.
+        image_id = _image_id(value, f"{Path(root).name} {number}")
+        common |= {"source": "hub", "image_id": image_id, "split": split}
+        slots = _read_slots(value.get("box"), value.get("mask"), box_format, common)
+        if not slots and ("box" in mapping or "mask" in mapping):
+            raise ValueError("there is neither a box nor a mask")
+        made = list(_record_rows(value, slots, number, common, tasks, draw))
+        problems.leave_out("record that none of the tasks fits", not made)
+        return made
 
     yield from each_record(records, make, problems)
 
@@ -169,52 +198,92 @@ def _offered(mapping: dict) -> list[str]:
     ]
 
 
+def _read_all(dataset) -> Iterator[dict]:
+    """The records of a streamed data set; what its reader raises becomes a `ValueError`."""
+    try:
+        yield from dataset
+    except (*BROKEN, RuntimeError, DatasetsError) as error:
+        raise ValueError(f"truncated or broken: {error}") from error
+
+
 def _record_rows(value, slots, number, columns, tasks, draw) -> Iterator[dict]:
+    def row(task: str, texts: tuple[str, str], slots: list) -> dict:
+        return make_row(task, [Turn(*texts, slots)], columns)
+
     single = slots if len(slots) == 1 else []
-    for index, phrase in enumerate(_texts(value.get("phrase"), "phrase")):
-        if "refer" in tasks and slots:
+    phrases = _about(_texts(value["phrase"], "phrase"), slots) if "phrase" in value else []
+    if "refer" in tasks:
+        for index, (phrase, shown) in enumerate(phrases):
             prompt = render_prompt("refer", inside_sentence(phrase), draw(number, "refer", index))
-            yield make_row("refer", [Turn(prompt, VIS_TOKEN * len(slots), slots)], columns)
-    if "box_to_mask" in tasks and single and None not in single[0]:
-        prompt = render_prompt("box_to_mask", "", draw(number, "box_to_mask"))
-        yield make_row("box_to_mask", [Turn(prompt, VIS_TOKEN, [(single[0][0], None), *single])], columns)
-    captions = value.get("caption") if value.get("caption") is not None else value.get("phrase")
-    for index, caption in enumerate(_texts(captions, "caption")):
+            yield row("refer", (prompt, VIS_TOKEN * len(shown)), shown)
+    if "box_to_mask" in tasks:
+        for index, slot in enumerate(slots):
+            if None not in slot:
+                prompt = render_prompt("box_to_mask", "", draw(number, "box_to_mask", index))
+                yield row("box_to_mask", (prompt, VIS_TOKEN), [(slot[0], None), slot])
+    captions = _about(_texts(value["caption"], "caption"), slots) if "caption" in value else phrases
+    for index, (caption, shown) in enumerate(captions):
         for task in ("caption", "region_caption"):
-            if task in tasks and (single or task == "caption"):
+            if task in tasks and (len(shown) == 1 or task == "caption"):
                 texts = render_turn(task, "", caption, draw(number, task, index))
-                yield make_row(task, [Turn(*texts, single if task == "region_caption" else [])], columns)
+                yield row(task, texts, shown if task == "region_caption" else [])
     for task in ("vqa", "region_vqa"):
         if task in tasks and (single or task == "vqa"):
-            question = clean_text(value["question"], "question")
-            answers = _texts(value["answer"], "answer")
-            if not answers:
-                raise ValueError("there is no answer")
-            texts = render_turn(task, question, answers[0], draw(number, task))
-            yield make_row(task, [Turn(*texts, single if task == "region_vqa" else [])], columns)
+            question, answer = clean_text(value["question"], "question"), _texts(value["answer"], "answer")[0]
+            yield row(task, render_turn(task, question, answer, draw(number, task)), single)
 
 
 def _texts(value, what: str) -> list[str]:
-    values = [] if value is None else [value] if isinstance(value, str) else list(value)
-    return [clean_text(text, what) for text in values]
+    if value is None or value == []:
+        raise ValueError(f"there is no {what}")
+    return [clean_text(text, what) for text in (value if isinstance(value, list) else [value])]
 
 
-def _read_image(value, folder: str | Path) -> tuple[dict, tuple[int, int]]:
-    """({`bytes`, `path`}, (width, height)) of an undecoded picture, or of a name in `folder`."""
+def _about(texts: list[str], slots: list[tuple]) -> list[tuple[str, list[tuple]]]:
+    """(text, the slots it is about, from left to right) of a record; see the head of this file."""
+    if min(len(texts), len(slots)) < 2:
+        pairs = [(text, slots) for text in texts]
+    elif len(texts) == len(slots):
+        groups = {}
+        for text, slot in zip(texts, slots, strict=True):
+            groups.setdefault(text, []).append(slot)
+        pairs = list(groups.items())
+    else:
+        raise ValueError(f"{len(texts)} texts about {len(slots)} objects; expected one text, or as many as objects")
+    return [(text, sorted(shown, key=lambda slot: slot[0][:2] if slot[0] else [])) for text, shown in pairs]
+
+
+def _image_id(value: dict, otherwise: str) -> str:
+    """What the column `image_id` says, else COCO's number in the picture's file name, else `otherwise`."""
+    if "image_id" not in value:
+        path = value["image"] if isinstance(value["image"], str) else value["image"].get("path")
+        return coco_image_id(path or "") or otherwise
+    if value["image_id"] is None or value["image_id"] == "":
+        raise ValueError("there is no image_id")
+    return coco_image_id(str(value["image_id"])) or str(value["image_id"])
+
+
+def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, int] | None) -> dict:
+    """The columns `image`, `width` and `height` of an undecoded picture, or of a path in the folder of pictures."""
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
     if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
         raise ValueError(f"the picture is {str(value)[:60]}, expected an image column or a path")
     if value.get("bytes"):
-        return {"path": None, "bytes": value["bytes"]}, _size_of_bytes(value["bytes"])
-    path = value["path"]
-    if Path(path).is_absolute() and Path(path).is_relative_to(Path(folder).absolute()):
-        path = str(Path(path).relative_to(Path(folder).absolute()))
-    path = str(find_image(folder, path))
-    return {"path": path, "bytes": None}, picture_size(path)
-
-
-def _size_of_bytes(data: bytes) -> tuple[int, int]:
-    return picture_size.__wrapped__(io.BytesIO(data))
+        measured = picture_size.__wrapped__(io.BytesIO(value["bytes"]))
+        if size not in (None, measured):
+            raise ValueError(f"the picture is {measured[0]} x {measured[1]} pixels, the columns say {size}")
+        image = {"path": None, "bytes": value["bytes"]} if pictures.wanted else None
+        return {"image": image, "width": measured[0], "height": measured[1]}
+    path, folders = value["path"], [Path(folder).absolute() for folder in (*pictures.folders, root)]
+    if Path(path).is_absolute():  # as `datasets` gives those of an image folder
+        path = next(
+            (str(Path(path).relative_to(folder)) for folder in folders if Path(path).is_relative_to(folder)), path
+        )
+    there = safe_join(root, path)
+    if not pictures.wanted and size is None and there.is_file():
+        size = picture_size(there)
+    coco_id = coco_image_id(path)
+    return pictures.columns(path, size=size, coco_id=None if coco_id is None else int(coco_id))
 
 
 def _own_row(record: dict, images: bool | None) -> dict:
@@ -223,23 +292,25 @@ def _own_row(record: dict, images: bool | None) -> dict:
     return row | ({"image": None} if images is False else {})
 
 
-def _read_slots(box, mask, box_format: str, width: int, height: int) -> list[tuple]:
-    """(box, mask) per object, from left to right."""
-    boxes = _read_boxes(box, box_format, width, height) if box is not None else []
-    masks = _read_masks(mask, width, height) if mask is not None else []
-    if not boxes and not masks:
+def _read_slots(box, mask, box_format: str, columns: dict) -> list[tuple]:
+    """(box, mask) per object, in the order of the record."""
+    if not box and not mask:
         return []
+    width, height = known_size(columns)
+    boxes = _read_boxes(box, box_format, width, height) if box else []
+    masks = _read_masks(mask, width, height) if mask else []
     if boxes and masks and len(boxes) != len(masks):
         raise ValueError(f"{len(boxes)} boxes and {len(masks)} masks")
-    slots = list(zip(boxes or [None] * len(masks), masks or [None] * len(boxes)))
-    return sorted(slots, key=lambda slot: slot[0][:2]) if boxes else slots
+    return list(zip(boxes or [None] * len(masks), masks or [None] * len(boxes)))
 
 
 def _read_boxes(value, box_format: str, width: int, height: int) -> list[list[float]]:
-    boxes = [value] if len(value) and not isinstance(value[0], (list, tuple)) else list(value)
+    if not isinstance(value, list):
+        raise ValueError(f"box {str(value)[:60]} is not four numbers")
+    boxes = value if isinstance(value[0], list) else [value]
     scale = [width, height] * 2 if box_format.endswith("_relative") else [1] * 4
     read = box_from_xywh if box_format.startswith("xywh") else check_box
-    if any(len(box) != 4 for box in boxes):
+    if not all(isinstance(box, list) and len(box) == 4 for box in boxes):
         raise ValueError(f"box {str(value)[:60]} is not four numbers")
     return [read([number * unit for number, unit in zip(_decimals(box), scale)], (width, height)) for box in boxes]
 

@@ -26,8 +26,10 @@ from PIL import Image
 
 
 TAR_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tgz", ".txz")
+PACKED = (".zip", *TAR_SUFFIXES)
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 CHUNK_BYTES = 1 << 20
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 2000
 COCO_NAMES = (
     "COCO_train2014_{:012d}.jpg",
     "COCO_val2014_{:012d}.jpg",
@@ -118,7 +120,7 @@ def open_file(path: str | Path, member: str = "*") -> BinaryIO:
     lower = path.name.lower()
     owners = ()
     try:
-        if lower.endswith((*TAR_SUFFIXES, ".zip")):
+        if lower.endswith(PACKED):
             names = [name for name, _ in _members(path, member)]
             if len(names) != 1:
                 raise ValueError(f"{path}: holds {len(names)} files named {member!r}, expected one: {names[:5]}")
@@ -153,8 +155,7 @@ def open_members(path: str | Path, pattern: str = "*") -> Iterator[tuple[str, by
 def member_names(path: str | Path) -> list[str]:
     """The names of the files in a zip or tar; none for any other file."""
     path = Path(path)
-    is_archive = path.name.lower().endswith((*TAR_SUFFIXES, ".zip"))
-    return [name for name, _ in _members(path, "*")] if is_archive else []
+    return [name for name, _ in _members(path, "*")] if path.name.lower().endswith(PACKED) else []
 
 
 def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
@@ -175,6 +176,8 @@ def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
                 for entry in archive:
                     if entry.isfile() and wanted(entry.name):
                         yield entry.name, archive.extractfile(entry)
+                while archive.fileobj.read(CHUNK_BYTES):  # behind the last file: only there a cut end shows
+                    pass
     except (*BROKEN, RuntimeError, NotImplementedError) as error:  # the last two: encrypted or unknown zip entries
         raise ValueError(f"{path}: cannot be read as an archive: {error}") from error
 
@@ -183,10 +186,14 @@ def safe_join(folder: str | Path, name: str) -> Path:
     """`folder / name`, which need not exist, for a name that an annotation file gives.
 
     Raises:
-        ValueError: if the name is empty, absolute, climbs out with `..`, or leads out of the folder by a link.
+        ValueError: if the name is empty, too long, absolute, climbs out with `..`, or leads out of the folder by a
+            link.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{name!r} is not a file name")
+    lengths = [len(part.encode(errors="replace")) for part in PurePosixPath(name).parts]
+    if max(lengths, default=0) > MAX_NAME_BYTES or sum(lengths) > MAX_PATH_BYTES:  # the system's error is no ValueError
+        raise ValueError(f"file name {name[:60]!r}.. is too long")
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         if flavour.is_absolute() or flavour.drive or flavour.root or ".." in flavour.parts:
             raise ValueError(f"file name {name!r} leaves the folder {folder}")
@@ -287,6 +294,14 @@ class _JsonCursor:
                 break
         self.fail(f"there is no key {key!r}")
 
+    def finish(self) -> None:
+        """Read what follows the list unparsed, and see that the file does not end in the middle of it."""
+        end = self.text[self.position :].encode().rstrip()[-1:]
+        while data := self.stream.read(CHUNK_BYTES):
+            end = data.rstrip()[-1:] or end
+        if end != b"}":
+            self.fail(f"truncated: it ends with {end.decode(errors='replace')!r} behind the list, expected '}}'")
+
     def skip(self, where: str) -> None:
         if self.peek() == "[":
             for _ in self.items(where):
@@ -310,13 +325,16 @@ def stream_json_array(stream: BinaryIO, *keys: str, bare: bool = False) -> Itera
         ValueError: naming the file and the item, where the text is broken, ends early or holds no such list.
     """
     cursor = _JsonCursor(stream)
-    if not (bare and cursor.peek() == "["):
+    is_inside = bool(keys) and not (bare and cursor.peek() == "[")
+    if is_inside:
         for key in keys:
             cursor.enter(key)
     if cursor.peek() != "[":
         cursor.fail(f"expected a json list{f' under {list(keys)}' if keys else ''}, found {cursor.peek()!r}")
     yield from cursor.items("item")
-    if not keys and cursor.peek():
+    if is_inside:
+        cursor.finish()
+    elif cursor.peek():
         cursor.fail(f"text after the end of the list: {cursor.text[cursor.position :][:40]!r}")
 
 
@@ -408,6 +426,8 @@ def load_plain_pickle(path: str | Path, member: str = "*"):
         except Exception as error:  # a broken pickle raises nearly anything
             message = f"{path}: not a pickle of plain lists, dicts, strings and numbers: {error}"
             raise ValueError(message) from error
+        if rest := stream.read(64).strip():
+            raise ValueError(f"{path}: the pickle is followed by {rest[:20]!r}; expected the end of the file")
     seen, waiting = set(), [content]
     while waiting:
         value = waiting.pop()

@@ -1,7 +1,6 @@
 """ReasonSeg: implicit questions about a picture, answered with one region."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -11,13 +10,12 @@ from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
-from perceptiongpt.data.reading import TAR_SUFFIXES, Problems, find_image, open_file, open_members, picture_size
+from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
 from perceptiongpt.data.refer import find_split, read_phrase
 from perceptiongpt.data.schema import MAX_OVERHANG_PIXELS
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
-PACKED = (*TAR_SUFFIXES, ".zip")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG")
 
 
@@ -37,7 +35,8 @@ def reasonseg_rows(
 
     All target shapes together are one region: one `<vis>` with the mask and its tight box. What an `ignore` shape
     covers is not target. Training treats it as background; for the IoU, which leaves it out, the rows made under
-    `evaluation` have one key beyond the schema: `ignore`, an RLE or None.
+    `evaluation` have one key beyond the schema: `ignore`, an RLE or None. `validate` reads it here; prepared shards
+    hold the schema's columns only.
 
     Args:
         root: folder with `<split>/<name>.json` and `<split>/<name>.jpg`, or that folder itself.
@@ -68,7 +67,7 @@ def reasonseg_rows(
 def target_and_ignore(shapes: list[dict], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Paint the shapes of one file, large ones first, as (target, ignore): bool masks of shape (height, width).
 
-    A later, smaller shape replaces what it covers; `flag` shapes mean nothing.
+    A smaller shape replaces what it covers; `flag` shapes mean nothing.
 
     Raises:
         ValueError: for a shape that is no polygon on the image, or of another label.
@@ -85,7 +84,8 @@ def target_and_ignore(shapes: list[dict], width: int, height: int) -> tuple[np.n
         rle = coco_mask.frPyObjects([polygon], height, width)[0]
         painted.append((int(coco_mask.area(rle)), label == "target", rle))
     target, ignore = np.zeros((2, height, width), dtype=bool)
-    for _, is_target, rle in sorted(painted, key=lambda shape: -shape[0]):
+    # Of shapes of the same area the first of the file ends on top, as in the authors' code.
+    for _, is_target, rle in sorted(reversed(painted), key=lambda shape: -shape[0]):
         covered = coco_mask.decode(rle).astype(bool)
         target[covered], ignore[covered] = is_target, not is_target
     return target, ignore
@@ -99,7 +99,8 @@ def _polygon(points: list, width: int, height: int, name: str) -> list[float]:
     if len(points) < 3:
         raise ValueError(f"{name}: {len(points)} points; a polygon has at least three")
     for values, side in zip(zip(*points), (width, height), strict=True):
-        if not all(map(math.isfinite, values)) or max(-min(values), max(values) - side) > MAX_OVERHANG_PIXELS:
+        low, high = -MAX_OVERHANG_PIXELS, side + MAX_OVERHANG_PIXELS
+        if not all(low <= value <= high for value in values):  # false of NaN, too
             raise ValueError(f"{name}: its points lie outside the {width} x {height} image")
     return [value for point in points for value in point]
 

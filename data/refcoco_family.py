@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perceptiongpt.data.minigpt4_rec import read_minigpt4
 from perceptiongpt.data.reading import Problems, open_file, read_records
-from perceptiongpt.data.refer import SPLIT_BY, find_split, is_integer, locate, read_refs
+from perceptiongpt.data.refer import SPLIT_BY, find_split, is_integer, locate, packed_data_set, read_refs
 from perceptiongpt.data.shikra_rec import read_shikra, split_in_name
 
 
@@ -18,7 +18,8 @@ def refcoco_family_eval_images(*paths: str | Path) -> set[str]:
     Args:
         paths: each a folder with `refcoco`, `refcoco+`, `refcocog` and `grefcoco` folders, one such folder (of several
             refs files in it the one by `SPLIT_BY` counts: RefCOCOg by google shares pictures between train and val),
-            a folder of lists as `shikra_rec` and `minigpt4_rec` read them, or a single file of any of these.
+            the same packed (`refcoco.zip`), a folder of lists as `shikra_rec` and `minigpt4_rec` read them, or a
+            single file of any of these.
 
     Raises:
         ValueError: if one of `paths` holds no picture of a val or test split, or cannot be read.
@@ -30,12 +31,9 @@ def refcoco_family_eval_images(*paths: str | Path) -> set[str]:
             for folder in (path, *sorted(path.glob("*/"))):
                 found = found.union(*(_of_refs(*file) for file in _refs_in(folder)))
                 for file in (*folder.glob("*ref*.jsonl*"), *folder.glob("refcoco[_+g]*.json*")):
-                    found |= _of_list(file)
-        elif _is_refs(path):
-            for file, member in locate(path.parent, [path], None, None)[0]:
-                found |= _of_refs(file, member)
+                    found |= _of_file(file)
         else:
-            found = _of_list(path)
+            found = _of_file(path)
         if not found:
             raise ValueError(f"{path}: there are no pictures of a val or test split")
         ids |= found
@@ -47,6 +45,16 @@ def _refs_in(folder: Path) -> Iterator[tuple[Path, str]]:
         yield from locate(folder, None, "grefcoco", None)[0]
     if any(folder.glob("refs*")):
         yield from locate(folder, None, folder.name if folder.name in SPLIT_BY else None, None)[0]
+    for dataset, split_by in SPLIT_BY.items():
+        if packed := packed_data_set(folder, dataset):
+            yield from locate(folder, packed, dataset, split_by)[0]
+
+
+def _of_file(path: Path) -> set[str]:
+    if not _is_refs(path):
+        return _of_list(path)
+    split_by = SPLIT_BY.get(path.name.split(".")[0])  # of a packed data set
+    return set().union(*(_of_refs(*file) for file in locate(path.parent, [path], None, split_by)[0]))
 
 
 def _is_refs(path: Path) -> bool:

@@ -26,6 +26,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
 )
 from perceptiongpt.data.reading import (
+    PACKED,
     Problems,
     load_plain_pickle,
     member_names,
@@ -64,7 +65,8 @@ def refer_rows(
         root: folder with `<dataset>/refs(<split_by>).p` and `<dataset>/instances.json`, or these two files
             themselves, or `<dataset>.zip`. The refs may also be a json list of the same records.
         split: train, val, test, testA or testB, as the refs say; None: all.
-        annotations: refs and instances files that are elsewhere; without the latter it is looked for beside the refs.
+        annotations: refs and instances files that are elsewhere; without instances these are looked for beside the
+            refs, without refs these are looked for under `root`.
         images: folder of the COCO pictures, under their 2014 or 2017 names, in `train2014` and the like or directly.
             False: no pictures; `image` is None.
         tasks: any of `REFER_TASKS`; by default `refer` alone, one row per sentence. `box_to_mask` gives one row per
@@ -155,6 +157,7 @@ def read_target(annotation: dict, image_id: int, columns: dict) -> tuple[list[fl
 
 def read_sentences(where: str, ref: dict, problems: Problems) -> Iterator[tuple[tuple, str]]:
     """(key, text) per sentence of a ref."""
+    problems.leave_out("ref without a sentence", not ref["sentences"])
     for number, sentence in enumerate(ref["sentences"]):
         try:
             yield (sentence.get("sent_id"), number), read_phrase(get(sentence, "sent", "raw"))
@@ -290,13 +293,15 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
             path for folder in folders for name in (prefix, "instances") for path in sorted(folder.glob(f"{name}*"))
         ]
         if not paths and dataset:
-            paths = [path for path in (root / f"{dataset}.zip", root / dataset / f"{dataset}.zip") if path.is_file()]
+            paths = packed_data_set(root, dataset) or packed_data_set(root / dataset, dataset)
         if not paths:
             raise ValueError(f"{root}: there is no {dataset or '<dataset>'}/{prefix}({split_by or '<split_by>'}).*")
 
     files = [(path, member) for path in paths for member in _wanted_members(path)]
     instances = [file for file in files if _is_instances(*file)]
     refs = [file for file in files if file not in instances]
+    if annotations and not refs:  # only the instances are elsewhere
+        return locate(root, None, dataset, split_by)[0], instances
     partitions = {file: _partition(*file) for file in refs}
     named = sorted({partition for partition in partitions.values() if partition})
     if split_by is None and len(named) > 1 and not annotations:
@@ -312,9 +317,15 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
     return refs, instances
 
 
+def packed_data_set(folder: Path, dataset: str) -> list[Path]:
+    """`<dataset>.zip` as it is downloaded, or the same as a tar; none or one."""
+    return [path for path in (folder / (dataset + suffix) for suffix in PACKED) if path.is_file()][:1]
+
+
 def _wanted_members(path: Path) -> list[str]:
     names = [PurePosixPath(name).name for name in member_names(path)]
-    return [name for name in names if "refs" in name or name.startswith("instances")] or ["*"]
+    wanted = [name for name in names if "refs" in name or name.startswith("instances")]
+    return wanted or (names if len(names) == 1 else ["*"])
 
 
 def _partition(path: Path, member: str) -> str | None:

@@ -62,6 +62,7 @@ def shikra_rec_rows(
 def read_shikra(record: dict) -> dict:
     """The fields of one line."""
     name = get(record, "img_path", "image")
+    split = get(record, "split", of=(str, type(None))) if "split" in record else None
     image_id = get(record, "image_id", of=(int, str)) if "image_id" in record else coco_image_id(name)
     return {
         "name": name,
@@ -69,7 +70,7 @@ def read_shikra(record: dict) -> dict:
         "is_coco": coco_image_id(name) is not None,
         "text": get(record, "expression"),
         "box": read_numbers(get(record, "bbox", of=list), "[x0, y0, x1, y1]"),
-        "split": record.get("split"),
+        "split": split,
         "dataset": record.get("dataset_name"),
     }
 
@@ -155,4 +156,7 @@ def read_numbers(values: list, form: str) -> list[float]:
     """Four numbers, checked; `form` says in the error message what they are."""
     if len(values) != 4 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise ValueError(f"box {str(values)[:60]} is not {form}")
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except OverflowError as error:
+        raise ValueError(f"box {str(values)[:60]} has a number that is too large") from error

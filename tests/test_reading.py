@@ -59,9 +59,10 @@ def test_packed_and_plain_files_read_alike(tmp_path, name):
         assert list(stream_json_array(stream)) == json.loads(CONTENT)
     assert [record for _, record in read_records(path)] == json.loads(CONTENT)
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - len(whole) // 3])
-    with pytest.raises(ValueError, match=name):
-        read_json(path)
+    for cut in (len(whole) // 3, 8):  # also behind the last file of an archive
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(ValueError, match=name):
+            read_json(path)
 
 
 def test_archives_of_several_files(tmp_path):
@@ -107,6 +108,8 @@ def test_lists_are_streamed_whatever_stands_around_them(indent):
         ('{"items": [1]}', ("things",), "no key 'things'"),
         ('{"items": {"a": 1}}', ("items",), "expected a json list under"),
         ("[1, 2] 3", (), "after the end"),
+        ('{"items": [1], "z": [2', ("items",), "truncated: it ends with '2'"),
+        ('{"items": [1]', ("items",), "truncated: it ends with ''"),
         ("", (), "expected a json list"),
         ('["' + "\xff" * 3, (), "truncated"),
         ("[" * 200_000, (), "nested too deeply"),
@@ -193,7 +196,11 @@ def test_pickles_of_python_2_and_broken_ones(tmp_path):
     loop.append(loop)
     path.write_bytes(pickle.dumps(loop))
     assert len(load_plain_pickle(path)) == 1
-    for content in (b"", b"not a pickle", pickle.dumps([{"a": 1}] * 9)[:-5], b"cos\nsystem\n(S'x'\ntR.", b"Pid\n."):
+    path.write_bytes(pickle.dumps([1], 0) + b"\n")
+    assert load_plain_pickle(path) == [1]
+    behind = pickle.dumps([1], 0) + b"cos\nsystem\n(S'x'\ntR."
+    broken = (b"", b"not a pickle", pickle.dumps([{"a": 1}] * 9)[:-5])
+    for content in (*broken, b"cos\nsystem\n(S'x'\ntR.", b"Pid\n.", b"\x80\x02}}U\x01aK\x01sb.", behind):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="refs.p"):
             load_plain_pickle(path)
@@ -203,7 +210,9 @@ def test_pickles_of_python_2_and_broken_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "C:\\a.jpg", "..\\a.jpg", "\\a", "", " ", "a\0b", None, 7]
+    "name",
+    ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "C:\\a.jpg", "..\\a.jpg", "\\a", "", " ", "a\0b", None, 7]
+    + ["a" * 300 + ".jpg", "a/" * 3000 + "b.jpg"],
 )
 def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     with pytest.raises(ValueError):

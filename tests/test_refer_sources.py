@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import tarfile
 import zipfile
 from collections import Counter
 from itertools import islice
@@ -161,6 +162,21 @@ def test_original_records_under_every_partition(data_dir, tmp_path):
     assert refcoco_family_eval_images(tmp_path / "refcocog/refs(google).p") == {"460986"}
     with pytest.raises(ValueError, match="no pictures of a val or test split"):
         refcoco_family_eval_images(tmp_path)
+    # packed as they are downloaded, in a folder or one alone
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    refs = [
+        make_ref({"id": 1, "category_id": 1, "image_id": i}, i, split)
+        for i, split in ((3, "train"), (5, "val"), (7, "test"))
+    ]
+    for dataset, partitions in (("refcoco", ["unc"]), ("refcocog", ["google", "umd"])):
+        with zipfile.ZipFile(packed / f"{dataset}.zip", "w") as archive:
+            for partition in partitions:
+                kept = [{**ref, "split": "val"} for ref in refs] if partition == "google" else refs
+                archive.writestr(f"{dataset}/refs({partition}).p", pickle.dumps(kept, 0))
+    assert refcoco_family_eval_images(packed) == {"5", "7"} == refcoco_family_eval_images(packed / "refcocog.zip")
+    named = data_dir / "refcoco_original_schema"
+    assert refcoco_family_eval_images(named) == {"460986"}  # its list is called refcoco_first14_refs.json
     # records that carry their annotation need no instances file, but a picture
     path = tmp_path / "joined.json"
     path.write_text(json.dumps(source))
@@ -180,6 +196,17 @@ def test_refs_from_archives_and_under_the_2014_names(tiny, tmp_path):
     assert list(refer_rows(tmp_path, dataset="refcoco", images=False)) == expected
     options = {"annotations": [tmp_path / "refcoco.zip"], "split_by": "unc", "images": False}
     assert list(refer_rows("nowhere", **options)) == expected
+    with tarfile.open(tmp_path / "refcoco.tar.xz", "w:xz", preset=0) as archive:
+        archive.add(root / "refcoco", "refcoco")
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive:
+        archive.write(root / "refcoco/refs(unc).p", "some/data.p")
+    alone = [tmp_path / "one.zip", root / "refcoco/instances.json"]
+    assert list(refer_rows("nowhere", annotations=alone, images=False)) == expected
+    moved = (root / "refcoco/instances.json").rename(tmp_path / "coco_2014.json")
+    assert list(refer_rows(root, dataset="refcoco", annotations=[moved], images=False)) == expected
+    moved.rename(root / "refcoco/instances.json")
+    (tmp_path / "refcoco.zip").unlink()
+    assert list(refer_rows(tmp_path, dataset="refcoco", images=False)) == expected
     packed = tmp_path / "packed"
     packed.mkdir()
     for file in (root / "refcoco").iterdir():
@@ -241,6 +268,7 @@ BAD_REFS = [
     ({"sentences": [{"sent": "a <vis>"}]}, "marker"),
     ({"sentences": [{}]}, "there is no 'sent' or 'raw'"),
     ({"split": None}, "'split'"),
+    ({"sentences": []}, None),
 ]
 
 
@@ -249,12 +277,15 @@ def test_bad_refs_are_one_error_or_counted(tiny, change, message):
     root, refs, _ = tiny
     rewrite(root, [refs[0], {**refs[2], **change}, refs[4]])
     options = {"dataset": "refcoco", "images": False}
+    problems = Problems(skip=True)
+    assert len(list(refer_rows(root, problems=problems, **options))) == 2
+    if message is None:
+        assert problems.counts == {"ref without a sentence": 1}
+        return
+    assert problems.counts.total() == 1 and message.split(".*")[0] in problems.examples[0]
     with pytest.raises(ValueError, match=message) as error:
         list(refer_rows(root, **options))
     assert "refs(unc).p: ref 1 (ref_id 2)" in str(error.value)
-    problems = Problems(skip=True)
-    assert len(list(refer_rows(root, problems=problems, **options))) == 2
-    assert problems.counts.total() == 1 and message.split(".*")[0] in problems.examples[0]
 
 
 def test_missing_columns_broken_files_and_hostile_names(tiny, tmp_path):
@@ -448,7 +479,10 @@ BAD_LINES = [
     ({"bbox": [0, 0, "3", 2]}, "is not \\[x"),
     ({"bbox": [0, 0, float("nan"), 2]}, "not finite"),
     ({"bbox": None}, "'bbox' is 'None'"),
+    ({"bbox": [0, 0, 10**400, 2]}, "too large"),
+    ({"split": ["train"]}, "'split' is"),
     ({"expression": "", "sents": ""}, "expected a text"),
+    ({"expression": "a \ud83d", "sents": "a \ud83d"}, "not Unicode"),
     ({"img_path": "../a.jpg", "img_id": "../a_1"}, "leaves the folder|not like COCO"),
     ({"img_path": "/a.jpg", "img_id": 3}, "leaves the folder|'img_id' is"),
     ({"width": "4"}, "'width' is '4'"),
@@ -470,8 +504,8 @@ def test_bad_records_are_one_error_or_counted(tmp_path, source, change, message)
     else:
         rows, path = minigpt4_rec_rows, tmp_path / "refcoco_train.json"
         path.write_text(json.dumps(records))
-        if change.get("bbox") == [2, 0, 1, 2]:
-            return  # in this form: one pixel wide
+        if change.get("bbox") == [2, 0, 1, 2] or "split" in change:
+            return  # in this form: one pixel wide; there is none
     stream = rows(tmp_path)
     next(stream)
     with pytest.raises(ValueError, match=message) as error:
@@ -480,6 +514,9 @@ def test_bad_records_are_one_error_or_counted(tmp_path, source, change, message)
     problems = Problems(skip=True)
     assert len(list(rows(tmp_path, problems=problems))) == 2
     assert problems.counts.total() == 2 and "there is no 'bbox'" in problems.examples[1]
+    if "leaves the folder" in message:
+        with pytest.raises(ValueError, match=message):  # where the pictures are not opened, too
+            list(rows(tmp_path, images=False))
 
 
 def test_refcocos_with_and_without_a_target(data_dir, tmp_path):
@@ -553,6 +590,8 @@ def test_large_shapes_are_painted_first():
     expected = np.zeros((15, 20), dtype=int)
     expected[2:12, 2:12], expected[5:10, 5:10], expected[6:9, 6:9] = 1, 2, 1
     assert np.array_equal(target, expected == 1) and np.array_equal(ignore, expected == 2)
+    target, ignore = target_and_ignore([shape("target", outer), shape("ignore", outer)], 20, 15)
+    assert target.sum() == 100 and not ignore.any()  # of the same area: the first
 
 
 def test_ignored_regions_flags_and_old_encodings(tmp_path):
@@ -591,6 +630,8 @@ def test_ignored_regions_flags_and_old_encodings(tmp_path):
         ({"shapes": [shape("target", [[1, 1], [5, 5]])]}, "2 points"),
         ({"shapes": [shape("target", [[1, 1], [5, 5], [3, "2"]])]}, "is not \\[x, y\\]"),
         ({"shapes": [shape("target", square(1, 1, 50, 5))]}, "outside the 20 x 15 image"),
+        ({"shapes": [shape("target", square(1, 1, 10**400, 5))]}, "outside the 20 x 15 image"),
+        ({"shapes": [shape("target", square(1, 1, float("nan"), 5))]}, "outside the 20 x 15 image"),
         ({"shapes": {}}, "'shapes' is"),
         ({"text": [" "]}, "expected a text"),
         ({"text": 3}, "'text' is"),
