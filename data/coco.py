@@ -8,9 +8,9 @@ dog" nor "every dog" nor "there is no dog" can be said of it. The same holds for
 real files contain.
 """
 
-import math
+import marshal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -19,8 +19,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.reading import Problems, read_json
-from perceptiongpt.data.schema import clip_box, rle_runs, row_features
+from perceptiongpt.data.reading import Problems, open_file, stream_json_array
+from perceptiongpt.data.schema import check_size, clip_box, rle_runs, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
 
 
@@ -168,10 +168,41 @@ def coco_rows(
             yield {**common, **row}
 
 
+class PackedAnnotations(Mapping):
+    """{image id: its annotations}, held packed: as Python objects they would take seven times the size of the file."""
+
+    def __init__(self):
+        self.packed = {}
+
+    def add_image(self, image_id: int) -> None:
+        self.packed[image_id] = []
+
+    def add(self, image_id: int, annotation: dict) -> None:
+        self.packed[image_id].append(marshal.dumps(annotation))
+
+    def __getitem__(self, image_id: int) -> list[dict]:
+        return [marshal.loads(annotation) for annotation in self.packed[image_id]]
+
+    def __contains__(self, image_id) -> bool:
+        return image_id in self.packed
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+
+def read_section(path: str | Path, key: str) -> Iterator:
+    """The items of one list of a COCO file, plain or packed, one by one."""
+    with open_file(path) as stream:
+        yield from stream_json_array(stream, key)
+
+
 def read_instances(
     annotations: str | Path, problems: Problems | None = None
-) -> tuple[list[dict], dict[int, list[dict]], dict[int, str]]:
-    """Read and check an instances json.
+) -> tuple[list[dict], Mapping[int, list[dict]], dict[int, str]]:
+    """Read and check an instances json, piece by piece.
 
     Returns:
         The image records in file order, the annotations per image id, and the name per category id.
@@ -180,40 +211,48 @@ def read_instances(
         ValueError: broken json, a missing key, a category without a name, a repeated image id, or an annotation
             whose image or category does not exist.
     """
-    try:
-        content = read_json(annotations)
-    except ValueError as error:
-        raise ValueError(f"{annotations}: cannot be read as json: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{annotations}: no list under the key {key!r}; expected a COCO instances file")
     categories = {}
-    for category in content["categories"]:
+    for number, category in enumerate(read_section(annotations, "categories")):
+        if not isinstance(category, dict) or not isinstance(category.get("id"), int):
+            raise ValueError(f"{annotations}: category {number} is {str(category)[:60]}, expected id and name")
         if not isinstance(category.get("name"), str) or not category["name"].strip():
-            raise ValueError(f"{annotations}: category {category.get('id')!r} has no name")
-        categories[category.get("id")] = category["name"].strip()
-    instances = {}
-    records = []
-    for record in content["images"]:
+            raise ValueError(f"{annotations}: category {category['id']!r} has no name")
+        categories[category["id"]] = category["name"].strip()
+    instances, records = PackedAnnotations(), []
+    for number, record in enumerate(read_section(annotations, "images")):
         with skipping(problems, annotations):
+            if not isinstance(record, dict):
+                raise ValueError(f"{annotations}: image {number} is {str(record)[:60]}, expected an object")
             if "file_name" not in record and isinstance(record.get("coco_url"), str):  # LVIS v1
                 record["file_name"] = "/".join(record["coco_url"].split("/")[-2:])
             if missing := [key for key in ("id", "file_name", "width", "height") if key not in record]:
                 raise ValueError(f"{annotations}: image {record.get('id')!r} lacks {missing}")
+            name = f"{annotations}: image {record['id']!r}"
+            if not isinstance(record["id"], (int, str)) or not isinstance(record["file_name"], str):
+                raise ValueError(f"{name}, file {record['file_name']!r}: expected an id and a file name")
+            check_size(record["width"], record["height"], name)
             if record["id"] in instances:
                 raise ValueError(f"{annotations}: image id {record['id']!r} occurs twice")
-            instances[record["id"]] = []
+            instances.add_image(record["id"])
             records.append(record)
-    for annotation in content["annotations"]:
+    seen = set()
+    for number, annotation in enumerate(read_section(annotations, "annotations")):
         with skipping(problems, annotations):
+            if not isinstance(annotation, dict):
+                raise ValueError(f"{annotations}: annotation {number} is {str(annotation)[:60]}, expected an object")
             name = f"{annotations}: annotation {annotation.get('id')!r}"
             if missing := [key for key in ("image_id", "category_id", "bbox", "segmentation") if key not in annotation]:
                 raise ValueError(f"{name} lacks {missing}")
-            if annotation["image_id"] not in instances:
-                raise ValueError(f"{name} belongs to image {annotation['image_id']!r}, which is not listed")
-            if annotation["category_id"] not in categories:
-                raise ValueError(f"{name} has the category {annotation['category_id']!r}, which is not listed")
-            instances[annotation["image_id"]].append(annotation)
+            image_id, category_id = annotation["image_id"], annotation["category_id"]
+            if not isinstance(image_id, (int, str)) or image_id not in instances:
+                raise ValueError(f"{name} belongs to image {image_id!r}, which is not listed")
+            if not isinstance(category_id, int) or category_id not in categories:
+                raise ValueError(f"{name} has the category {category_id!r}, which is not listed")
+            if isinstance(annotation.get("id"), int):
+                if annotation["id"] in seen:
+                    raise ValueError(f"{name}: this id occurs twice")
+                seen.add(annotation["id"])
+            instances.add(image_id, annotation)
     return records, instances, categories
 
 
@@ -264,17 +303,21 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
     """Polygons, uncompressed or compressed RLE -> {`size`, `counts` (str)}; None if it covers no pixel.
 
     Raises:
-        ValueError: for a polygon of less than three points or odd length, or an RLE of another size.
+        ValueError: for a polygon of less than three points or odd length or with a point further outside the picture
+            than its longer side, or an RLE of another size.
     """
     if isinstance(segmentation, list):
+        side = max(height, width)  # pycocotools would walk along an edge to a point at 1e9, pixel by pixel
         if not segmentation:
             return None
         for polygon in segmentation:
             is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if not is_polygon or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in polygon):
+            if not is_polygon or not all(isinstance(v, (int, float)) and v == v for v in polygon):  # not NaN
                 raise ValueError(f"{name}: polygon {str(polygon)[:60]} is not [x1, y1, x2, y2, ...] of three points")
+            if min(polygon) < -side or max(polygon) > 2 * side:
+                raise ValueError(f"{name}: polygon {str(polygon)[:60]} lies far outside the {width} x {height} picture")
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation, dict) and list(segmentation.get("size", ())) == [height, width]:
+    elif isinstance(segmentation, dict) and segmentation.get("size") in ([height, width], (height, width)):
         counts = segmentation.get("counts")
         runs = rle_runs(counts, name) if isinstance(counts, str) else counts
         is_runs = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)

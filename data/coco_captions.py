@@ -128,7 +128,8 @@ def _of_karpathy(path: Path, content: dict, split: str, sizes: dict, problems: P
         try:
             if get(image, "split") not in wanted:
                 continue
-            name, coco_id = get(image, "filename"), image.get("cocoid")
+            name = get(image, "filename")
+            coco_id = get(image, "cocoid", of=int) if "cocoid" in image else None
             names = [f"{image['filepath']}/{name}", name] if image.get("filepath") else [name]
             image_id = coco_image_id(name) or Path(name).stem if coco_id is None else str(coco_id)
             captions = [get(sentence, "raw") for sentence in get(image, "sentences", of=list)]

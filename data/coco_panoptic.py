@@ -5,6 +5,7 @@ Crowd segments are never targets, and a category with one makes no `refer` or `d
 
 import io
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.data.coco import instance_rows
+from perceptiongpt.data.coco import instance_rows, read_section
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,
@@ -29,7 +30,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
     usual_files,
 )
-from perceptiongpt.data.reading import Problems, read_json, safe_join
+from perceptiongpt.data.reading import Problems, safe_join, until_broken
 from perceptiongpt.data.templates import render_turn
 
 
@@ -78,21 +79,20 @@ def coco_panoptic_rows(
     draw = Draw("coco_panoptic", seed, evaluation)
 
     for file in map(Path, files):
-        content = read_json(file)
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise ValueError(f"{file}: no list under the key {key!r}; expected a COCO panoptic file")
-        if masks is None:
+        pngs = masks
+        if pngs is None:
             name = file.name.split(".json")[0]
             places = [folder / (name + suffix) for folder in (file.parent, root) for suffix in ("", ".zip")]
             found = [path for path in places if path.exists()]
             if not found:
                 raise ValueError(f"{file}: there is no folder {name} with the PNGs beside it; name it as masks")
-            masks = found[0]
+            pngs = found[0]
+        segment_ids = SegmentIds(pngs)
         try:
-            records = {get(one, "id", of=int): one for one in content["images"]}
-            categories = {get(one, "id", of=int): plain_name(get(one, "name")) for one in content["categories"]}
-            things = {one["id"] for one in content["categories"] if one.get("isthing", 1)}
+            records = {get(one, "id", of=int): _needed(one) for one in read_section(file, "images")}
+            listed = list(read_section(file, "categories"))
+            categories = {get(one, "id", of=int): plain_name(get(one, "name")) for one in listed}
+            things = {one["id"] for one in listed if one.get("isthing", 1)}
         except ValueError as error:
             raise ValueError(f"{file}: in images or categories: {error}") from error
 
@@ -107,12 +107,17 @@ def coco_panoptic_rows(
             name = get(record, "file_name")
             columns = pictures.columns(name, size=size, coco_id=image_id)
             columns |= {"source": "coco_panoptic", "image_id": str(image_id), "split": split}
-            ids = read_segment_ids(masks, get(annotation, "file_name"), size)
+            ids = segment_ids(get(annotation, "file_name"), size)
             groups = _read_segments(annotation, ids, size, categories, problems)
             return list(_rows(groups, categories, things, columns, tasks, draw))
 
-        numbered = ((f"{file}: annotation {number}", one) for number, one in enumerate(content["annotations"]))
+        found = until_broken(read_section(file, "annotations"), file, problems)
+        numbered = ((f"{file}: annotation {number}", one) for number, one in enumerate(found))
         yield from each_record(islice(numbered, limit), make, problems)
+
+
+def _needed(record: dict) -> dict:
+    return {key: record[key] for key in ("file_name", "width", "height") if key in record}
 
 
 def plain_name(name: str) -> str:
@@ -124,24 +129,41 @@ def plain_name(name: str) -> str:
     return clean_text(name.replace("-", " "), "category")
 
 
-def read_segment_ids(masks: str | Path, name: str, size: tuple[int, int]) -> np.ndarray:
-    """The segment ids (height, width) of a panoptic PNG in a folder or zip."""
-    try:
-        if Path(masks).is_file():
-            with zipfile.ZipFile(masks) as archive:
-                names = [entry for entry in archive.namelist() if entry.rsplit("/", 1)[-1] == name]
-                if len(names) != 1:
-                    raise ValueError(f"{masks}: holds {len(names)} files named {name!r}, expected one")
-                data = io.BytesIO(archive.read(names[0]))
-        else:
-            data = safe_join(masks, name)
-        with Image.open(data) as image:
-            colors = np.asarray(image.convert("RGB"), dtype=np.uint32)
-    except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} in {masks} cannot be read as a picture: {error}") from error
-    if colors.shape[1::-1] != tuple(size):
-        raise ValueError(f"{name} is {colors.shape[1]} x {colors.shape[0]} pixels, the picture {size[0]} x {size[1]}")
-    return colors @ np.array([1, 256, 65536], dtype=np.uint32)
+class SegmentIds:
+    """The panoptic PNGs of a folder, or of a zip, which is opened and listed once.
+
+    Raises:
+        ValueError: if the zip cannot be read.
+    """
+
+    def __init__(self, masks: str | Path):
+        self.masks, self.archive, self.entries = Path(masks), None, defaultdict(list)
+        if self.masks.is_file():
+            try:
+                self.archive = zipfile.ZipFile(self.masks)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{masks}: cannot be read as a zip file: {error}") from error
+            for entry in self.archive.namelist():
+                self.entries[entry.rsplit("/", 1)[-1]].append(entry)
+
+    def __call__(self, name: str, size: tuple[int, int]) -> np.ndarray:
+        """The segment ids (height, width) in the PNG of that name; `ValueError` if there is none of `size`."""
+        try:
+            with Image.open(self._find(name)) as image:
+                colors = np.asarray(image.convert("RGB"), dtype=np.uint32)
+        except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name} in {self.masks} cannot be read as a picture: {error}") from error
+        if colors.shape[1::-1] != tuple(size):
+            shape = f"{colors.shape[1]} x {colors.shape[0]}"
+            raise ValueError(f"{name} is {shape} pixels, the picture {size[0]} x {size[1]}")
+        return colors @ np.array([1, 256, 65536], dtype=np.uint32)
+
+    def _find(self, name: str) -> Path | io.BytesIO:
+        if self.archive is None:
+            return safe_join(self.masks, name)
+        if len(entries := self.entries.get(name, ())) != 1:
+            raise ValueError(f"{self.masks}: holds {len(entries)} files named {name!r}, expected one")
+        return io.BytesIO(self.archive.read(entries[0]))
 
 
 def _read_segments(annotation, ids, size, categories, problems) -> dict[int, list[dict | None]]:

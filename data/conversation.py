@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS, IMAGE_TOKEN
-from perceptiongpt.data.reading import Problems, find_coco_image, find_image, picture_size
-from perceptiongpt.data.schema import clip_box
+from perceptiongpt.data.reading import Problems, find_coco_image, find_image, picture_size, safe_join
+from perceptiongpt.data.schema import check_size, check_unicode, clip_box
 from perceptiongpt.data.templates import stable_generator
 
 
@@ -118,6 +118,7 @@ def clean_text(value, what: str = "text", keep_lines: bool = False) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {str(value)[:60]!r}, expected a text")
+    check_unicode(value, what)
     if marker := MARKERS.search(value):
         raise ValueError(f"{what} {value[:80]!r} contains {marker[0]!r}, which would be read as a marker")
     return value.strip() if keep_lines else " ".join(value.split())
@@ -179,6 +180,8 @@ class Pictures:
             admits for rows without boxes and masks.
         """
         if not self.wanted:
+            for name in names:
+                safe_join(".", name)  # refused here as well as where the pictures are opened
             width, height = size or (0, 0)
             return {"image": None, "width": width, "height": height}
         path = self.find(*names, coco_id=coco_id)
@@ -206,10 +209,12 @@ class Pictures:
 
 
 def stated_size(record: dict) -> tuple[int, int] | None:
-    """(width, height) of a record that has both, else None."""
+    """(width, height) of a record that has either; None of one without; `ValueError` if no picture is of that size."""
     if "width" not in record and "height" not in record:
         return None
-    return get(record, "width", of=int), get(record, "height", of=int)
+    size = get(record, "width", of=int), get(record, "height", of=int)
+    check_size(*size, "width and height")
+    return size
 
 
 def known_size(columns: dict) -> tuple[int, int]:

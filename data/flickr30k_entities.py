@@ -233,7 +233,7 @@ def _number(element, path: str) -> int:
 def _read_sentences(content: bytes) -> list[list[tuple[str, str | None]]]:
     """Per caption its pieces in order: (words, chain or None)."""
     try:
-        lines = [" ".join(line.split()) for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [" ".join(line.split()) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"the sentences are not UTF-8 text: {error}") from error
     if not lines:

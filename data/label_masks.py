@@ -47,7 +47,9 @@ from perceptiongpt.data.sources import prepared_files
 
 
 KEEPING_RATIO = ("sam", "sam_hq")  # resize the longer side and pad; the later ones stretch both
+# For a folder without the settings of its image processor.
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+CENTRED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # SAM 3
 
 
 class MaskLabeller:
@@ -59,10 +61,23 @@ class MaskLabeller:
         model: checkpoint id or folder.
         device, dtype: where and in what the model runs.
         boxes_per_pass: boxes of one picture that are decoded at a time.
+
+    Raises:
+        ValueError: if there is no such model, it is none for mask generation, or weights of it are missing.
     """
 
     def __init__(self, model: str, device: str = "cpu", dtype: str = "float32", boxes_per_pass: int = 16):
-        self.model = AutoModelForMaskGeneration.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        try:
+            loaded, report = AutoModelForMaskGeneration.from_pretrained(
+                model, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except OSError as error:
+            raise ValueError(f"model {model!r} cannot be loaded: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # they would be random, and so would the masks
+            raise ValueError(
+                f"model {model!r} lacks {len(missing)} weights of a {type(loaded).__name__}: {missing[:3]}"
+            )
+        self.model = loaded.to(device).eval()
         config = self.model.config
         self.side = config.prompt_encoder_config.image_size
         self.keeps_ratio = config.model_type in KEEPING_RATIO
@@ -71,7 +86,8 @@ class MaskLabeller:
             stored = ImageProcessingMixin.get_image_processor_dict(model)[0]
         except OSError:
             stored = {}
-        values = [stored.get(name, IMAGENET[name]) for name in ("image_mean", "image_std")]
+        usual = CENTRED if config.model_type.startswith("sam3") else IMAGENET
+        values = [stored.get(name, usual[name]) for name in ("image_mean", "image_std")]
         self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in values)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
@@ -103,21 +119,32 @@ class MaskLabeller:
         device, dtype = self.model.device, self.model.dtype
         pixels = torch.stack([self.prepare(image) for image in images]).to(device, dtype)
         encoded = self.model.get_image_embeddings(pixels)
-        several_levels = isinstance(encoded, (list, tuple))
         results = []
         for index, (image, own) in enumerate(zip(images, boxes, strict=True)):
-            features = [level[index, None] for level in encoded] if several_levels else encoded[index, None]
+            features = self._features_of(encoded, index)
             width, height = self.resized_size(*image.size)
             scale = torch.tensor([width / image.width, height / image.height] * 2)
             results.append([])
             for some in _batches(own, self.boxes_per_pass):
-                prompts = (torch.tensor(some) * scale)[None].to(device, dtype)
-                output = self.model(image_embeddings=features, input_boxes=prompts, multimask_output=False)
+                prompts = (torch.tensor(some) * scale)[None].to(device)  # bfloat16 has bins of 8 px at 1024
+                output = self.model(**features, input_boxes=prompts, multimask_output=False)
                 masks = self._to_picture(output.pred_masks[0, :, :1].float(), width, height, image.size)
                 for mask, iou in zip(masks, output.iou_scores[0, :, 0].float().tolist(), strict=True):
                     rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
                     results[-1].append(({"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}, iou))
         return results
+
+    def _features_of(self, encoded, index: int) -> dict:
+        """What `get_image_embeddings` gives for one picture of a batch, as arguments of the model."""
+        if self.model.config.model_type == "sam_hq":
+            last, earlier = encoded
+            return {
+                "image_embeddings": last[index, None],
+                "intermediate_embeddings": [layer[index, None] for layer in earlier],
+            }
+        if isinstance(encoded, list):  # SAM 2 and 3: feature levels, the finest first
+            return {"image_embeddings": [level[index, None] for level in encoded]}
+        return {"image_embeddings": encoded[index, None]}
 
     def _to_picture(self, logits: torch.Tensor, width: int, height: int, size: tuple[int, int]) -> torch.Tensor:
         """Low-resolution logits (N, 1, h, w) -> bool masks (N, H, W) of the picture."""

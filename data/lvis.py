@@ -67,8 +67,8 @@ def lvis_rows(
 def _image_rows(file, record, annotations, categories, pictures, tasks, draw, problems) -> Iterator[dict]:
     name = f"{file}: image {record['id']!r}"
     try:
-        absent = get(record, "neg_category_ids", of=list) if "no_target" in tasks else []
-        more = set(get(record, "not_exhaustive_category_ids", of=list))
+        absent = _category_ids(record, "neg_category_ids") if "no_target" in tasks else []
+        more = _category_ids(record, "not_exhaustive_category_ids")
         size = get(record, "width", of=int), get(record, "height", of=int)
         columns = pictures.columns(record["file_name"], size=size, coco_id=record["id"])
     except ValueError as error:
@@ -98,3 +98,10 @@ def _image_rows(file, record, annotations, categories, pictures, tasks, draw, pr
         for category, group in usable.items():
             for number, instance in enumerate(group):
                 yield region_row(instance, categories[category], (category, number), columns, draw)
+
+
+def _category_ids(record, key: str) -> list[int]:
+    numbers = get(record, key, of=list)
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{key} is {str(numbers)[:60]}, expected numbers of categories")
+    return numbers

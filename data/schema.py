@@ -39,6 +39,7 @@ TASKS = (
 )
 DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
 MAX_OVERHANG_PIXELS = 1.0
+MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
 def row_features(several_images: bool = False) -> Features:
@@ -128,11 +129,13 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
         raise ValueError(f"{name}: missing columns {missing}")
     if row["task"] not in TASKS:
         raise ValueError(f"{name}: task {row['task']!r} is none of {', '.join(TASKS)}")
+    for column in ("source", "image_id", "split"):
+        check_unicode(row[column], f"{name}, {column}")
     _validate_messages(row, name, with_images)
     several = len(row_images(row)) > 1  # width and height are those of the first image only
     unknown = not with_images and not row["boxes"] and row["width"] == row["height"] == 0
-    if not several and not unknown and min(row["width"], row["height"]) < 1:
-        raise ValueError(f"{name}: image of {row['width']} x {row['height']} pixels")
+    if not several and not unknown:
+        check_size(row["width"], row["height"], name)
 
     boxes, clipped = [], 0
     for slot, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True)):
@@ -148,6 +151,23 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     return {**row, "boxes": boxes}, clipped
 
 
+def check_unicode(text, name: str) -> None:
+    """`ValueError` unless this is a string that can be written to a file: json may hold half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: {str(text)[:80]!r} is not a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {text[:80]!r} is not Unicode text: {error.reason}") from error
+
+
+def check_size(width, height, name: str) -> None:
+    """`ValueError` unless these are the sides in pixels of a picture that can be."""
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in (width, height))
+    if not whole or min(width, height) < 1 or width * height > MAX_PICTURE_PIXELS:
+        raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
+
+
 def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[list[float], bool]:
     """Check one xyxy box in pixels against an image of `width` x `height`; clip an overhang of at most one pixel.
 
@@ -159,8 +179,9 @@ def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[l
     """
     try:
         x0, y0, x1, y1 = (float(value) for value in box_xyxy_pixels)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: box {box_xyxy_pixels!r} is not four numbers [x0, y0, x1, y1]") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        given = str(box_xyxy_pixels)[:200]
+        raise ValueError(f"{name}: box {given} is not four numbers [x0, y0, x1, y1]") from error
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError(f"{name}: box {[x0, y0, x1, y1]} has a value that is not finite")
     overhang = max(-x0, -y0, x1 - width, y1 - height)
@@ -179,6 +200,7 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
     for message in messages:
         if message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
             raise ValueError(f"{name}: message {message!r} is not a role (system, user, assistant) with a string")
+        check_unicode(message["content"], name)
     contents = [message["content"] for message in messages]
     images = row_images(row)
     if not images or (with_images and any(image is None for image in images)):

@@ -7,7 +7,6 @@ All are streamed picture by picture. Regions have `width` and `height`, objects 
 """
 
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -28,7 +27,7 @@ from perceptiongpt.data.conversation import (
     known_size,
     make_row,
 )
-from perceptiongpt.data.reading import Problems, open_file, read_json, stream_json_array
+from perceptiongpt.data.reading import Problems, member_names, open_file, read_json, stream_json_array, until_broken
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
@@ -92,7 +91,7 @@ def visual_genome_rows(
             continue
         for path, member in files[kind]:
             taken = 0
-            for where, record in _stream(path, member):
+            for where, record in _stream(path, member, problems):
                 if limit is not None and taken >= limit:
                     break
                 try:
@@ -123,16 +122,9 @@ def _usual_files(root: Path) -> list[Path]:
 
 def _kinds(path: Path) -> Iterator[tuple[str, str]]:
     """(kind, member) of each json file in `path`; a plain file is its own member."""
-    members = ["*"]
-    if path.name.lower().endswith(".zip"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: cannot be read as a zip file: {error}") from error
-        members = [PurePosixPath(name).name for name in names if name.endswith(".json")]
+    members = [PurePosixPath(name).name for name in member_names(path) if name.endswith(".json")] or ["*"]
     for member in members:
-        first = next((record for _, record in _stream(path, member)), None)
+        first = next((record for _, record in _stream(path, member, Problems())), None)
         kind = next((kind for kind in KINDS if isinstance(first, dict) and kind in first), None)
         if first is not None and kind is None:
             keys = ", ".join(KINDS)
@@ -141,9 +133,9 @@ def _kinds(path: Path) -> Iterator[tuple[str, str]]:
             yield kind, member
 
 
-def _stream(path: Path, member: str) -> Iterator[tuple[str, dict]]:
+def _stream(path: Path, member: str, problems: Problems) -> Iterator[tuple[str, dict]]:
     with open_file(path, member) as stream:
-        for number, record in enumerate(stream_json_array(stream)):
+        for number, record in enumerate(until_broken(stream_json_array(stream), path, problems)):
             yield f"{path}: record {number}", record
 
 
@@ -158,7 +150,7 @@ def _image_id(record: dict) -> int:
 def _read_image_data(files, problems: Problems) -> dict[int, tuple[int, int]]:
     sizes = {}
     for path, member in files:
-        for where, record in _stream(path, member):
+        for where, record in _stream(path, member, problems):
             try:
                 sizes[_image_id(record)] = get(record, "width", of=int), get(record, "height", of=int)
             except ValueError as error:
@@ -270,6 +262,8 @@ def _question_rows(entries, columns, tasks, draw, problems, where) -> Iterator[d
 def _named_boxes(objects, columns: dict, number: int) -> dict[str, list]:
     """The objects of a question or an answer that come with a box: {name: slots}."""
     by_name = defaultdict(list)
+    if objects is not None and not isinstance(objects, list):
+        raise ValueError(f"the objects of question {number} are {str(objects)[:60]}, expected a list")
     for entry in objects or ():
         if isinstance(entry, dict) and "x" in entry:
             what = f"object of question {number}"

@@ -1,6 +1,7 @@
 """The row schema, the prompt templates and the coco source."""
 
 import json
+import tracemalloc
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -11,7 +12,15 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from drawn_rows import drawn_rows
-from perceptiongpt.data.coco import COCO_TASKS, coco_rows, load_coco, refer_expressions, segmentation_to_rle
+from perceptiongpt.data.coco import (
+    COCO_TASKS,
+    coco_rows,
+    load_coco,
+    read_instances,
+    refer_expressions,
+    segmentation_to_rle,
+)
+from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.schema import decode_rle, rle_runs, row_features, row_to_messages, validate_row
 
 
@@ -71,6 +80,9 @@ def test_small_overhang_is_clipped_and_counted():
         ({"boxes": [[5, 5, 5, 9]]}, "no area"),
         ({"boxes": [[1, 2, 3]]}, "four numbers"),
         ({"boxes": ["abcd"]}, "four numbers"),
+        ({"boxes": [[0, 0, 10**400, 4]]}, "four numbers"),
+        ({"image_id": "\ud83d"}, "not Unicode"),
+        ({"image_id": 7}, "not a string"),
         ({"boxes": [None], "masks": [None]}, "neither box nor mask"),
         ({"boxes": [], "masks": []}, "1 <vis> in the messages"),
         ({"masks": [{"size": [3, 3], "counts": "09"}]}, r"expected \[height, width\]"),
@@ -300,7 +312,13 @@ def test_what_cannot_be_a_target_makes_no_rows(folder):
         ({"annotation": {"segmentation": {"size": [30, 40], "counts": [5, 5]}}}, "do not sum up"),
         ({"annotation": {"segmentation": {"size": [40, 30], "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
         ({"annotation": {"segmentation": {"size": [30, 40], "counts": "a b"}}}, "RLE string"),
-        ({"drop": [("annotations", None)]}, "no list under the key 'annotations'"),
+        ({"annotation": {"segmentation": {"size": None, "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
+        ({"annotation": {"segmentation": [[5, 5, 1e9, 5, 15, 20]]}}, "lies far outside the 40 x 30 picture"),
+        ({"annotation": {"image_id": [1]}}, "annotation 9 belongs to image \\[1\\], which is not listed"),
+        ({"image": {"width": 10**6, "height": 10**6}}, "image 1: image of 1000000 x 1000000 pixels"),
+        ({"image": {"width": None}}, "image 1: image of None x 30 pixels"),
+        ({"category": {"id": None}}, "category 0 is .* expected id and name"),
+        ({"drop": [("annotations", None)]}, "there is no key 'annotations'"),
         ({"drop": [("images", "file_name")]}, "image 1 lacks"),
         ({"drop": [("annotations", "segmentation")]}, "annotation 9 lacks"),
     ],
@@ -308,6 +326,37 @@ def test_what_cannot_be_a_target_makes_no_rows(folder):
 def test_hostile_annotations(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         folder(**changes)
+
+
+def test_an_annotation_twice_is_one_target(folder):
+    folder()
+    content = json.loads((folder.path / "instances.json").read_text())
+    content["annotations"] *= 2
+    (folder.path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="annotation 9: this id occurs twice"):
+        list(coco_rows(folder.path / "instances.json", folder.path))
+    problems = Problems(skip=True)
+    rows = list(coco_rows(folder.path / "instances.json", folder.path, ("detect",), problems=problems))
+    assert [len(row["boxes"]) for row in rows] == [1] and problems.counts == {"broken record": 1}
+
+
+def test_instances_are_held_packed(tmp_path):
+    polygon = [0.5 + i % 30 for i in range(100)]
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [1.5, 1.5, 9.5, 9.5], "segmentation": [polygon]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"id": i, **annotation} for i in range(1500)],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    del content
+    tracemalloc.start()
+    _, instances, _ = read_instances(file)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(instances[1]) == 1500 and instances[1][7] == {"id": 7, **annotation}
+    assert held < 2 * file.stat().st_size
 
 
 def test_truncated_picture_and_json(folder):
@@ -318,5 +367,5 @@ def test_truncated_picture_and_json(folder):
     with pytest.raises(ValueError, match="image 1, file 'a.jpg': cannot be read as a picture"):
         folder()
     (folder.path / "instances.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="cannot be read as json"):
+    with pytest.raises(ValueError, match="instances.json: .*truncated or not json"):
         list(coco_rows(folder.path / "instances.json", folder.path))

@@ -151,6 +151,11 @@ def test_flickr_chains_and_boxes(flickr_folder):
     assert texts(of_task(rows, "region_caption")[0])[1] == "a wall"
 
 
+def test_flickr_captions_end_where_lines_end(flickr_folder):
+    rows = flickr_folder(sentences="[/EN#7/people/other/tall Two\x85men] stand .\nThey\u2028wait .\n")
+    assert [texts(row)[1] for row in of_task(rows, "caption")] == ["Two men stand .", "They wait ."]
+
+
 def test_flickr_packed_is_the_same(flickr_folder, tmp_path):
     packed = flickr_folder(packed=True)
     assert not (tmp_path / "Annotations").exists() and packed == flickr_folder()
@@ -366,6 +371,31 @@ def test_visual_genome_bad_regions_are_skipped_alone(tmp_path):
             list(visual_genome_rows(small_genome(tmp_path, regions=[region]), images=False))
 
 
+def test_visual_genome_questions_with_broken_objects(tmp_path):
+    question = {"qa_id": 5, "image_id": 3, "question": "What?", "answer": "A cup.", "q_objects": 7, "a_objects": []}
+    with pytest.raises(ValueError, match="record 0, image 3: the objects of question 5 are 7, expected a list"):
+        list(visual_genome_rows(small_genome(tmp_path, [question]), images=False))
+
+
+def test_visual_genome_packed_together_and_truncated(genome, tmp_path):
+    folder, packed = tmp_path / "plain", tmp_path / "packed.tar.gz"
+    for name, content in genome.items():
+        write(folder / f"{name}.json", content)
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(folder, "visual_genome")
+    rows = list(visual_genome_rows(folder, images=False))
+    assert list(visual_genome_rows(tmp_path, annotations=[packed], images=False)) == rows
+    whole = (folder / "region_descriptions.json").read_text()
+    (folder / "region_descriptions.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="region_descriptions.json: item \\d: .*truncated"):
+        list(visual_genome_rows(folder, images=False))
+    problems = Problems(skip=True)
+    kept = list(visual_genome_rows(folder, images=False, problems=problems))
+    assert problems.counts == {"truncated or broken file": 1}
+    assert 0 < len(of_task(kept, "region_caption")) < len(of_task(rows, "region_caption"))
+    assert of_task(kept, "vqa") == of_task(rows, "vqa")
+
+
 def test_visual_genome_files_splits_and_pictures(tmp_path):
     folder = small_genome(tmp_path)
     splits = write(tmp_path / "splits.json", {"train": [1, 2], "val": [3]})
@@ -472,6 +502,14 @@ def test_panoptic_zip_and_broken_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "pngs.zip", "w") as archive:
         archive.write(tmp_path / "annotations/panoptic_train2017/7.png", "panoptic_train2017/7.png")
     assert list(coco_panoptic_rows(tmp_path, images=False, masks=tmp_path / "pngs.zip")) == rows
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = zipfile.ZipFile
+        patch.setattr(zipfile, "ZipFile", lambda path, *mode: opened.append(path) or real(path, *mode))
+        content = json.loads((tmp_path / "annotations/panoptic_train2017.json").read_text())
+        twice = write(tmp_path / "twice.json", {**content, "annotations": content["annotations"] * 2})
+        assert len(list(coco_panoptic_rows(tmp_path, annotations=[twice], images=False, masks=tmp_path / "pngs.zip")))
+    assert len(opened) == 1  # train's zip lists 118,287 names
     for segment, message in (
         ({"id": 5}, "segment 5 has no pixel"),
         ({"category_id": 3}, "category 3, which is not listed"),
@@ -484,6 +522,18 @@ def test_panoptic_zip_and_broken_files(tmp_path):
     (tmp_path / "annotations/panoptic_train2017/7.png").write_bytes(b"PNG")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         list(coco_panoptic_rows(tmp_path, images=False))
+
+
+def test_each_panoptic_file_has_its_own_pngs(tmp_path):
+    for part, name in (("a", "panoptic_train2017"), ("b", "panoptic_val2017")):
+        list(small_panoptic(tmp_path / part))
+        for path in (tmp_path / part / "annotations").iterdir():
+            path.rename(path.with_name(path.name.replace("panoptic_train2017", name)))
+    (tmp_path / "b/annotations/panoptic_val2017/7.png").unlink()
+    files = [tmp_path / "a/annotations/panoptic_train2017.json", tmp_path / "b/annotations/panoptic_val2017.json"]
+    assert list(coco_panoptic_rows(tmp_path, annotations=files[:1], images=False))
+    with pytest.raises(ValueError, match="7.png in .*panoptic_val2017 cannot be read"):
+        list(coco_panoptic_rows(tmp_path, annotations=files, images=False))
 
 
 # ---- LVIS ------------------------------------------------------------------------------------------------------------
@@ -540,6 +590,10 @@ def test_lvis_broken_records(lvis, tmp_path):
     )
     with pytest.raises(ValueError, match="neg_category_ids \\[99999\\] are not listed"):
         list(lvis_rows(tmp_path, images=False))
+    image["neg_category_ids"] = [[2]]
+    write(tmp_path / "lvis_v1_train.json", {**lvis, "images": [image], "annotations": []})
+    with pytest.raises(ValueError, match="neg_category_ids is .* expected numbers of categories"):
+        list(lvis_rows(tmp_path, images=False))
     with pytest.raises(ValueError, match="no lvis_v1_val.json"):
         list(lvis_rows(tmp_path, split="val"))
 
@@ -577,6 +631,9 @@ def test_karpathy_split(data_dir, tmp_path):
     assert len(sized) == 10 and sized[0]["width"] > 0
     with pytest.raises(ValueError, match="no pictures of the split 'karpathy_dev'"):
         list(coco_captions_rows(tmp_path, split="karpathy_dev"))
+    broken = write(tmp_path / "broken.json", {"images": [{**images[3], "cocoid": []}]})
+    with pytest.raises(ValueError, match="'cocoid' is '\\[\\]', expected int"):
+        list(coco_captions_rows(tmp_path, split="karpathy_test", annotations=[broken], images=False))
     flickr = {"images": [{"filename": "12.jpg", "imgid": 0, "split": "test", "sentences": [{"raw": "A cat ."}]}]}
     file = write(tmp_path / "dataset_flickr30k.json", flickr)
     (row,) = checked(coco_captions_rows(tmp_path, split="karpathy_test", annotations=[file], images=False))
