@@ -14,6 +14,9 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.data.schema import rle_runs
 
 
+LARGEST_MASK = 2**32 - 1  # pixels: pycocotools counts them in 32 bits
+
+
 class StoredMetric(evaluate.Metric):
     """A metric over rows that are kept as they were given, missing and malformed ones too, until `compute`.
 
@@ -83,7 +86,14 @@ def to_json(value) -> str:
             return part.decode("ascii", errors="replace")
         return part.tolist() if hasattr(part, "tolist") else {"unknown": repr(part)}
 
-    return json.dumps(value, default=plain)
+    try:
+        return json.dumps(value, default=plain)
+    except TypeError:  # somewhere in it, a key is no text: that part is as malformed as what JSON does not know
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(to_json, value))}]"
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return f"{{{', '.join(f'{json.dumps(key)}: {to_json(part)}' for key, part in value.items())}}}"
+        return json.dumps({"unknown": repr(value)})
 
 
 def share(part: float, whole: float) -> float | None:
@@ -150,6 +160,8 @@ def parse_mask(value) -> dict:
     size = value.get("size") if isinstance(value, dict) else None
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError("mask is not an RLE with size [height, width] and counts")
+    if size[0] * size[1] > LARGEST_MASK:
+        raise ValueError("mask is too large")
     counts = value.get("counts")
     if isinstance(counts, str):
         sound = counted_pixels(counts) == size[0] * size[1]
@@ -182,8 +194,8 @@ def parse_list(value, parse: Callable, what: str) -> list:
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite int or float that fits a float (no bool)."""
-    return type(value) in (int, float) and abs(value) < 1e300
+    """Whether it is a finite int or float (no bool) that can be squared, as areas are."""
+    return type(value) in (int, float) and abs(value) < 1e150
 
 
 def box_iou(boxes, others) -> np.ndarray:
@@ -193,6 +205,11 @@ def box_iou(boxes, others) -> np.ndarray:
     intersection = sides.clip(min=0).prod(axis=-1)
     areas = [(some[..., 2:] - some[..., :2]).prod(axis=-1) for some in (boxes, others)]
     return intersection / (areas[0] + areas[1] - intersection)
+
+
+def empty_mask(size: list[int]) -> dict:
+    """The mask [height, width] without pixels."""
+    return coco_mask.frPyObjects({"size": size, "counts": [size[0] * size[1]]}, *size)
 
 
 def mask_area(mask: dict | None) -> int:

@@ -92,7 +92,9 @@ def test_what_is_malformed_is_as_bad_as_nothing(name, tmp_path):
     predictions, references = ROWS[name]
     options = WITHOUT_JAVA.get(name, {})
     missing = compute(name, tmp_path, predictions, references, **options)
-    for bad in (7, {"a": 1}, [{"size": "x"}], object(), [[1, 2, 3]], math.nan, True):
+    huge = {"size": [10**9, 10**9], "counts": [10**18]}
+    odd_keys = ({np.int64(1): 2}, [{(1, 2): "no text"}])
+    for bad in (7, {"a": 1}, [{"size": "x"}], object(), [[1, 2, 3]], math.nan, True, huge, [huge], *odd_keys):
         if name == "coco_detection" and isinstance(bad, dict):
             continue  # a dict among the predictions is a result of the flat form
         results = compute(name, tmp_path, [predictions[0], bad, predictions[2]], references, **options)
@@ -252,6 +254,7 @@ def test_referring_without_any_pixel(tmp_path):
         ({"size": [20, 30], "counts": [600, -5, 5]}, "mask with broken RLE counts"),
         ({"size": [20, 30], "counts": [1.5]}, "mask with broken RLE counts"),
         ({"size": [20, 30]}, "mask with broken RLE counts"),
+        ({"size": [2**16, 2**16], "counts": [2**32]}, "mask is too large"),
         ({"counts": FULL["counts"]}, "mask is not an RLE with size [height, width] and counts"),
         ({"size": [20.0, 30.0], "counts": "x"}, "mask is not an RLE with size [height, width] and counts"),
         (rectangle(0, 0, 1, 1, height=30, width=20), "mask of another size than its reference"),

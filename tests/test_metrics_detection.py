@@ -222,6 +222,35 @@ def test_bad_annotations_are_errors(tmp_path):
         compute("coco_detection", tmp_path, [], [{"id": 1, "image_id": 1, "category_id": 1}])
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"images": 5}, "images is not a list"),
+        ({"images": [{"file_name": "a.jpg"}]}, "images has an entry without an id"),
+        ({"categories": ["cat"]}, "categories has an entry without an id"),
+        ({"annotations": [annotation(1, 0) | {"bbox": [1, 2]}]}, "bbox is not x, y, width, height"),
+        ({"annotations": [annotation(1, 0) | {"area": "big"}]}, "area is not a number"),
+        ({"annotations": [annotation(1, 0) | {"segmentation": [[1, 2]]}]}, "polygon is not a list of numbers"),
+        # pycocotools would never come back from either of these two.
+        ({"annotations": [annotation(1, 0) | {"segmentation": {"size": [20, 30], "counts": "zzzz"}}]}, "broken RLE"),
+        ({"annotations": [annotation(1, 0) | {"segmentation": {"size": [20, 30], "counts": [5]}}]}, "broken RLE"),
+        ({"annotations": [annotation(1, 0) | {"segmentation": rectangle(0, 0, 1, 1, height=5)}]}, "another size"),
+    ],
+)
+def test_malformed_references_are_errors(part, message, tmp_path):
+    truth = {"images": [{"id": 1, "height": 20, "width": 30}], "annotations": [], "categories": [{"id": 1}]}
+    found = result(0, 0.5) | {"segmentation": rectangle(0, 0, 10, 10)}
+    with pytest.raises(ValueError, match=message):
+        compute("coco_detection", tmp_path, [found], truth | part)
+
+
+def test_a_result_that_is_no_json_leaves_the_others(tmp_path):
+    found = [{np.int64(1): 2}, result(0, 0.9) | {"bbox": {(1, 2): 3}}, result(0, 0.5)]
+    results = compute("coco_detection", tmp_path, found, {"annotations": [annotation(1, 0)]})
+    assert results["bbox_ap"] == pytest.approx(1)
+    assert sum(results["problems"].values()) == 2
+
+
 def grounded(caption, *masks, scores=None) -> dict:
     made = {"caption": caption, "phrases": ["thing"] * len(masks), "masks": list(masks)}
     return made if scores is None else made | {"scores": scores}
@@ -265,6 +294,12 @@ def test_grounded_captions_match_the_best_pair_first(tmp_path):
     assert results["recall"] == 0.5
     results = compute("grounded_caption", tmp_path, [grounded("a", wide, wide)], [grounded("a", wide)], **PYTHON)
     assert results["recall"] == 1 and results["ap50"] == pytest.approx(1)
+
+
+def test_a_missing_mask_takes_no_memory(tmp_path):
+    large = {"size": [60000, 60000], "counts": [3_600_000_000]}
+    results = compute("grounded_caption", tmp_path, [grounded("a", large, None)], [grounded("a")], **PYTHON)
+    assert results["problems"] == {"missing": 1}
 
 
 def test_grounded_captions_without_masks(tmp_path):

@@ -134,6 +134,13 @@ def test_pope_by_hand(tmp_path):
     assert results["problems"] == {"missing": 2, "neither yes nor no": 2}
 
 
+def test_pope_says_how_it_read_each_answer(tmp_path):
+    samples = compute("pope", tmp_path, ["NO.", None], ["no", "yes"], per_sample=True)["samples"]
+    first = {"reference": "no", "correct": False, "answer": "yes", "strict_correct": True, "strict_answer": "no"}
+    second = {"reference": "yes", "correct": False, "answer": None, "strict_correct": False, "strict_answer": None}
+    assert samples == [first, second]
+
+
 def test_pope_of_real_questions(data_dir, tmp_path):
     with open(data_dir / "pope" / "coco_pope_random.json") as lines:
         labels = [json.loads(line)["label"] for line in lines]
@@ -294,7 +301,9 @@ def test_java_agrees_with_pycocoevalcap(coco_captions, tmp_path):
     captions, references = coco_captions
     predicted = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(captions)})
     human = PTBTokenizer().tokenize({i: [{"caption": text} for text in group] for i, group in enumerate(references)})
-    results = compute("caption_scores", tmp_path, captions, references, 8)
+    results = compute("caption_scores", tmp_path, captions, references, 8, per_sample=True)
+    each = [sample["meteor"] for sample in results.pop("samples")]
+    assert each == pytest.approx(Meteor().compute_score(human, predicted)[1], abs=1e-6)
     assert results["tokenizer"] == "ptb"
     assert results["cider"] == pytest.approx(Cider().compute_score(human, predicted)[0], abs=1e-9)
     assert results["meteor"] == pytest.approx(Meteor().compute_score(human, predicted)[0], abs=1e-6)

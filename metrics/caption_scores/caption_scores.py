@@ -31,7 +31,8 @@ Args:
     tokenizer: "ptb" (needs Java), "python", or None: "ptb" where there is Java. Texts split by one and by the other
         are not to be compared (they differ in about one caption of 2,000).
     meteor: whether to compute METEOR; None: where there is Java.
-    per_sample: also return `samples`, with the `cider` and `rouge_l` of each.
+    per_sample: also return `samples`, with the `cider` and `rouge_l` of each, and `meteor` where it is computed (that
+        of the set is not their mean: it is computed from the summed counts).
 
 Returns:
     cider, bleu1, bleu2, bleu3, bleu4, rouge_l, meteor: None if there are no rows; meteor only where it is computed.
@@ -47,7 +48,7 @@ Returns:
 def score_captions(
     captions: list[str], references: list[list[str]], tokenizer: str | None = None, meteor: bool | None = None
 ) -> tuple[dict, list[dict]]:
-    """The results of `CaptionScores` and, per caption, its CIDEr and ROUGE-L."""
+    """The results of `CaptionScores` and, per caption, its CIDEr and ROUGE-L, and METEOR where it is computed."""
     tokenizer = tokenizer or ("ptb" if have_java() else "python")
     if tokenizer not in ("ptb", "python"):
         raise ValueError(f"tokenizer is {tokenizer!r}, expected 'ptb', 'python' or None")
@@ -68,11 +69,12 @@ def score_captions(
         cider, ciders = Cider().compute_score(human, predicted)
         bleu, _ = Bleu(4).compute_score(human, predicted, verbose=0)
         rouge, rouges = Rouge().compute_score(human, predicted)
-        scores = [cider, *bleu, rouge]
+        scores, columns = [cider, *bleu, rouge], {"cider": ciders, "rouge_l": rouges}
         if meteor:
-            scores.append(start_meteor().compute_score(human, predicted)[0])
+            score, columns["meteor"] = start_meteor().compute_score(human, predicted)
+            scores.append(score)
     results = dict(zip(names, map(float, scores), strict=True)) | {"tokenizer": tokenizer}
-    samples = [{"cider": float(c), "rouge_l": float(r)} for c, r in zip(ciders, rouges, strict=True)]
+    samples = [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
     return results, samples
 
 

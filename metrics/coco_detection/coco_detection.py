@@ -111,9 +111,10 @@ def merge_references(references: list) -> tuple[dict, list, set]:
         part = {"annotations": part} if isinstance(part, list) else part
         if not isinstance(part, dict) or not isinstance(part.get("annotations"), list):
             raise ValueError(f"references[{index}]: expected COCO annotations, got {str(part)[:200]}")
-        for image in part.get("images", []):
-            images[image["id"]] = {side: image[side] for side in ("height", "width") if side in image}
-        categories |= {category["id"] for category in part.get("categories", [])}
+        for image in read_records(part, "images", index):
+            sides = {side: image.get(side) for side in ("height", "width")}
+            images[image["id"]] = {side: int(value) for side, value in sides.items() if shared.is_number(value)}
+        categories |= {category["id"] for category in read_records(part, "categories", index)}
         # Ids that clash within a part are two annotations; the same annotation in another part is a repetition.
         texts = [json.dumps(annotation, sort_keys=True) for annotation in part["annotations"]]
         for annotation, text in zip(part["annotations"], texts, strict=True):
@@ -121,6 +122,10 @@ def merge_references(references: list) -> tuple[dict, list, set]:
                 raise ValueError(f"references[{index}]: annotation without image_id or category_id: {text[:200]}")
             if "images" in part and annotation["image_id"] not in images:
                 raise ValueError(f"references[{index}]: annotation of a picture that is not listed: {text[:200]}")
+            try:
+                annotation = check_annotation(annotation)
+            except ValueError as error:
+                raise ValueError(f"references[{index}]: {error}: {text[:200]}") from None
             if "id" not in annotation or text not in seen:
                 annotations.append(annotation)
             size = images.setdefault(annotation["image_id"], {})
@@ -129,6 +134,38 @@ def merge_references(references: list) -> tuple[dict, list, set]:
             categories.add(annotation["category_id"])
         seen.update(texts)
     return images, annotations, categories
+
+
+def read_records(part: dict, key: str, index: int) -> list[dict]:
+    """The list `key` of a part; `ValueError` if it is none, or holds something without an id."""
+    records = part.get(key, [])
+    if not isinstance(records, list):
+        raise ValueError(f"references[{index}]: {key} is not a list, but {str(records)[:200]}")
+    for record in records:
+        if not isinstance(record, dict) or type(record.get("id")) not in (int, str):
+            raise ValueError(f"references[{index}]: {key} has an entry without an id: {str(record)[:200]}")
+    return records
+
+
+def check_annotation(annotation: dict) -> dict:
+    """The annotation, an RLE as pycocotools takes it (a broken one would hang it); `ValueError` with the reason."""
+    box, area, mask = (annotation.get(key) for key in ("bbox", "area", "segmentation"))
+    if box is not None and not is_box(box):
+        raise ValueError("bbox is not x, y, width, height")
+    if area is not None and not shared.is_number(area):
+        raise ValueError("area is not a number")
+    if isinstance(mask, list):
+        for polygon in mask:
+            if not isinstance(polygon, list) or len(polygon) < 4 or not all(map(shared.is_number, polygon)):
+                raise ValueError("polygon is not a list of numbers")
+    elif mask:
+        return annotation | {"segmentation": shared.parse_mask(mask)}
+    return annotation
+
+
+def is_box(value) -> bool:
+    """Whether it is [x, y, width, height]."""
+    return isinstance(value, list) and len(value) == 4 and all(map(shared.is_number, value)) and min(value[2:]) >= 0
 
 
 def is_result(record) -> bool:
@@ -144,16 +181,18 @@ def complete_annotations(annotations: list[dict], images: dict, order: dict) -> 
         mask = annotation.get("segmentation")
         if mask:
             size = images[annotation["image_id"]]
-            if isinstance(mask, list) and not size:
-                raise ValueError(f"annotation {number}: polygons need the height and width of the picture")
-            if isinstance(mask, list) or isinstance(mask["counts"], list):
-                mask = coco_mask.frPyObjects(mask, size["height"], size["width"])
-            completed[-1]["segmentation"] = mask = coco_mask.merge(mask) if isinstance(mask, list) else mask
-        elif "bbox" not in annotation:
+            if isinstance(mask, list):
+                if len(size) < 2:
+                    raise ValueError(f"annotation {number}: polygons need the height and width of the picture")
+                mask = coco_mask.merge(coco_mask.frPyObjects(mask, size["height"], size["width"]))
+            elif mask["size"] != [size.get(side, mask["size"][i]) for i, side in enumerate(("height", "width"))]:
+                raise ValueError(f"annotation {number}: mask of another size than the picture")
+            completed[-1]["segmentation"] = mask
+        elif annotation.get("bbox") is None:
             raise ValueError(f"annotation {number}: neither bbox nor segmentation: {str(annotation)[:200]}")
-        if "bbox" not in annotation:
+        if annotation.get("bbox") is None:
             completed[-1]["bbox"] = coco_mask.toBbox(mask).tolist()
-        if "area" not in annotation:
+        if annotation.get("area") is None:
             _, _, width, height = completed[-1]["bbox"]
             completed[-1]["area"] = shared.mask_area(mask) if mask else width * height
     return completed
@@ -178,7 +217,7 @@ def parse_result(result, kind: str, images: dict, categories: set, order: dict) 
     if kind == "segm" and mask is None:
         raise ValueError("result without segmentation")
     if kind == "bbox":
-        if not isinstance(box, list) or len(box) != 4 or not all(map(shared.is_number, box)) or min(box[2:]) < 0:
+        if not is_box(box):
             raise ValueError("bbox is not x, y, width, height")
     judged = {"bbox": box} if kind == "bbox" else {"segmentation": mask}
     return judged | {

@@ -46,7 +46,7 @@ Returns:
                 if mask is None or mask["size"] != size:
                     if mask is not None:
                         problems["mask of another size than the picture"] += 1
-                    masks[place] = coco_mask.encode(np.zeros(size, dtype=np.uint8, order="F"))
+                    masks[place] = shared.empty_mask(size)
             matched = match_greedily(masks, true_masks)
             ious += matched
             sample = {"matched": len(matched), "predicted": len(masks), "annotated": len(true_masks)}

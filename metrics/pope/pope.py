@@ -16,7 +16,8 @@ Args:
     predictions: the answer (text) to each question; None and blank text are missing, and wrong in both readings (the
         official script reads blank text as yes).
     references: "yes" or "no" for each question.
-    per_sample: also return `samples`, with `correct` and `strict_correct` of each.
+    per_sample: also return `samples`, with `reference`, `correct`, `strict_correct`, and `answer` and `strict_answer`
+        (as what it was read: "yes", "no" or None) of each.
 
 Returns:
     accuracy, precision, recall, f1, yes_ratio: a wrong answer counts as the opposite of the reference in precision and
@@ -36,11 +37,11 @@ Returns:
         silent = sum(reading is None for answer, reading in zip(answers, readings["strict_"], strict=True) if answer)
         if silent:
             problems["neither yes nor no"] += silent
-        results, samples = {}, [{} for _ in labels]
+        results, samples = {}, [{"reference": label} for label in labels]
         for prefix, read in readings.items():
             right = [reading == label for reading, label in zip(read, labels, strict=True)]
-            for sample, correct in zip(samples, right, strict=True):
-                sample[f"{prefix}correct"] = correct
+            for sample, correct, reading in zip(samples, right, read, strict=True):
+                sample |= {f"{prefix}correct": correct, f"{prefix}answer": reading}
             hits = sum(correct for correct, label in zip(right, labels, strict=True) if label == "yes")
             false_alarms = sum(not correct for correct, label in zip(right, labels, strict=True) if label == "no")
             positives = labels.count("yes")
