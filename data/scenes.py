@@ -18,6 +18,7 @@ Tasks with words of their own beside the templates' (questions, dialogue) are wo
 and the side of its target: `ScenesDataset.details`, or `scene_details` from the row's `split` and `image_id`.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,8 +61,10 @@ from perceptiongpt.data.templates import render_prompt, render_turn
 
 
 FIRST_TEST_SEED = 10**6
+TRAINING_SPLITS = ("train", "val")  # their seeds are below
 BENCH, BENCH_COMBINATIONS = "scenes-bench-1", "scenes-bench-1-combinations"
 BENCH_PICTURES, DEFAULT_PICTURES = 2000, 10_000
+LARGEST_SIZE = 2048
 LAYOUTS = {
     "train": Layout(),
     "val": Layout(odd=0.15),
@@ -84,6 +87,7 @@ BENCH_SHARES = {
     ("none",): 2,
 }
 BENCH_BLOCK = sum(BENCH_SHARES.values())
+RELATION = re.compile("|".join((*RELATIONS.values(), "larger than", "smaller than")))
 NUMBERS = "none one two three four five six seven eight nine ten eleven twelve".split()
 TRIES = 200  # scenes that are drawn in search of one that a question can be asked about
 
@@ -95,7 +99,7 @@ def scenes_rows(
     annotations=None,
     images: str | Path | bool | None = None,
     tasks: Iterable[str] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     evaluation: bool = False,
     limit: int | None = None,
     start: int = 0,
@@ -113,7 +117,7 @@ def scenes_rows(
         annotations: scenes have none; anything but None is an error.
         images: False: rows without their pictures; a folder: as `photos`.
         tasks: of `TASKS`; None: all, in training without `reasoning`.
-        seed: of everything; from 10^6 on for testing, below for training.
+        seed: of everything; from 10^6 on for testing, below for training; None: the split's first.
         evaluation: use each task's fixed prompt.
         limit: so many pictures; None: 10,000, or 2,000 of a bench split.
         start: the index of the first of them: what a shard or a resumed run begins with.
@@ -128,6 +132,10 @@ def scenes_rows(
     """
     if annotations is not None:
         raise ValueError("scenes are drawn and have no annotation files")
+    if not isinstance(start, int) or start < 0:
+        raise ValueError(f"scenes: start must be a whole number from 0 on, got {start!r}")
+    if seed is None:
+        seed = 0 if split in TRAINING_SPLITS else FIRST_TEST_SEED
     if limit is None:
         limit = BENCH_PICTURES if split in (BENCH, BENCH_COMBINATIONS) else DEFAULT_PICTURES
     folder = photos or (images if images is not True else None) or root
@@ -186,28 +194,33 @@ class ScenesDataset(Dataset):
         self.is_bench = split in (BENCH, BENCH_COMBINATIONS)
         if split not in LAYOUTS:
             raise ValueError(f"scenes: split {split!r} is none of {', '.join(LAYOUTS)}")
-        if not isinstance(seed, int) or seed < 0 or (seed < FIRST_TEST_SEED) != (split in ("train", "val")):
-            bounds = "below 10^6" if split in ("train", "val") else "from 10^6 on"
+        if not isinstance(seed, int) or seed < 0 or (seed < FIRST_TEST_SEED) != (split in TRAINING_SPLITS):
+            bounds = "below 10^6" if split in TRAINING_SPLITS else "from 10^6 on"
             raise ValueError(
                 f"scenes: seed {seed!r} with split {split!r}; its seeds are whole numbers {bounds}. "
                 "Those from 10^6 on are for testing and never trained on"
             )
         if self.is_bench and (size != REFERENCE_SIZE or tasks is not None or kinds is not None or paste is not None):
             raise ValueError(f"scenes: {split} is defined at {REFERENCE_SIZE} px, with its own tasks and kinds, drawn")
-        if size < 32:
-            raise ValueError(f"scenes: size must be at least 32 pixels, got {size}")
+        if not isinstance(size, int) or not 32 <= size <= LARGEST_SIZE:
+            raise ValueError(f"scenes: size must be at least 32 pixels and at most {LARGEST_SIZE}, got {size!r}")
         if questions is not None and questions < 1:
             raise ValueError(f"scenes: questions must be at least 1, got {questions}")
+        tasks, kinds = ([value] if isinstance(value, str) else value for value in (tasks, kinds))
         in_training = split == "train"
         self.tasks = tuple(tasks) if tasks is not None else TRAINING_TASKS if in_training else TASKS
         usual = tuple(kind for kind in KINDS if kind != "none")
         self.kinds = tuple(kinds) if kinds is not None else usual if in_training else (*usual, *TEST_KINDS)
         for name, values, known in (("task", self.tasks, TASKS), ("kind", self.kinds, (*usual, *TEST_KINDS))):
+            if not values:
+                raise ValueError(f"scenes: no {name}s were given; there are {', '.join(known)}")
             for value in values:
                 if value not in known:
                     raise ValueError(f"scenes: {name} {value!r} is none of {', '.join(known)}")
                 if in_training and value == "reasoning":
                     raise ValueError(f"scenes: {name} 'reasoning' is kept from the split 'train'; use 'val' or 'test'")
+        if unknown := sorted(set(weights or {}) - set(TASKS)):
+            raise ValueError(f"scenes: weights of {unknown}, which are none of {', '.join(TASKS)}")
         self.weights = TASK_WEIGHTS | (weights or {})
         self.length, self.seed, self.split, self.size, self.evaluation = length, seed, split, size, evaluation
         self.questions, self.layout = questions, LAYOUTS[split]
@@ -438,12 +451,19 @@ def _no_target(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
     return question
 
 
+def _means_one(text: str) -> bool:
+    """Whether an expression means a single object in any scene, so that nobody would ask for every such one."""
+    relation = RELATION.search(text)  # the first is its own; others belong to what it refers to
+    distances = RELATIONS["closest"], RELATIONS["farthest"]
+    return text.startswith(("larger ", "smaller ")) or (relation is not None and relation[0] in distances)
+
+
 def _detect(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
     least = 1 if rng.random() < 0.25 else 2
     for _ in range(3):
         kind = rng.choices(tuple(DETECT_KINDS), tuple(DETECT_KINDS.values()))[0]
         found = find_expression(scene, kind, rng, lambda targets: len(targets) >= least, tries=8)
-        if found is not None and not (kind == "size" and found.text.startswith(("larger", "smaller"))):
+        if found is not None and not _means_one(found.text):
             objects = _in_order(scene.objects[i] for i in found.targets)
             turn = render_prompt("detect", found.text, generator), VIS_TOKEN * len(objects)
             return _Question("detect", [turn], _slots(objects), kind, None, found)
@@ -491,7 +511,8 @@ def _region_caption(scene: Scene, rng: Random, generator, kinds) -> _Question:
     answer = with_article(_describe(one))
     above = max(one.covered, key=one.covered.get, default=None)
     if above is not None and one.covered[above] >= LEAST_HIDDEN:
-        answer += f", partly hidden by {with_article(_describe(scene.objects[above]))}"
+        other = _describe(scene.objects[above])
+        answer += f", partly hidden by {f'another {other}' if other == _describe(one) else with_article(other)}"
     turn = render_turn("region_caption", answer=_sentence(answer), generator=generator)
     return _Question("region_caption", [turn], [_prompt_slot(one, rng)], None, one)
 
@@ -634,6 +655,7 @@ def _dialogue(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
             if len(members) > 1:
                 break  # "it" would not be clear any more
             one = members[0]
+            fresh = [other for other in fresh if other is not one]
         elif form == 1 and fresh:
             one = fresh.pop(rng.randrange(len(fresh)))
             question = rng.choice(("And what is this, <vis>?", "What do you see at <vis>?", "Now <vis>: what is it?"))
@@ -641,7 +663,7 @@ def _dialogue(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
             slots.append(_prompt_slot(one, rng))
         elif form == 2 and one.color is not None:
             other = rng.choice([other for other in scene.objects if other is not one])
-            same = "Yes, it does." if one.color == other.color else f"No, it is {other.color}."
+            same = "Yes, it does." if one.color == other.color else f"No, that one is {other.color}."
             turns.append(("Does <vis> have the same color as it?", same))
             slots.append(_prompt_slot(other, rng))
             break

@@ -1,8 +1,9 @@
 """Expressions about a scene that are true of exactly the objects they are made for.
 
 An expression is proposed, its referents are computed over all objects, and it is dropped if anything about it is
-unclear: two objects told apart by position differ by `POSITION_MARGIN` of the picture's side, by size in side and
-visible area by `SIZE_RATIO`, and by distance by both.
+unclear: the visible boxes of two objects told apart by position differ in their centres by `POSITION_MARGIN` of the
+picture's side, and neither edge says otherwise; by size they differ in side and visible area by `SIZE_RATIO`; by
+distance of the centres, by both.
 """
 
 import math
@@ -27,10 +28,12 @@ RELATIONS = {
     "behind": "partly hidden by",
     "front": "partly covering",
 }
-ENDS = {"left": ("leftmost", "x", 1), "right": ("rightmost", "x", -1), "top": ("topmost", "y", 1)}
-ENDS["bottom"] = ("bottommost", "y", -1)
+# Per end of the picture: the word for what is nearest to it, the first of a box's two edges on that axis, and the sign.
+ENDS = {"left": ("leftmost", 0, 1), "right": ("rightmost", 0, -1), "top": ("topmost", 1, 1)}
+ENDS["bottom"] = ("bottommost", 1, -1)
 IRREGULAR = {"person": "people", "mouse": "mice", "knife": "knives", "wine glass": "wine glasses", "sheep": "sheep"}
 IRREGULAR |= {name: name for name in ("scissors", "skis", "broccoli")}
+ONE_OF = {"scissors": "a pair of scissors", "skis": "a pair of skis", "broccoli": "some broccoli"}
 # What the expressions of kind `reasoning` call for: of drawn shapes, of their colours, and of COCO's categories.
 SHAPE_RIDDLES = {
     "one that would roll away": ("circle", "ring", DOT),
@@ -134,7 +137,7 @@ def noun_phrase(color: str | None, pattern: str | None, shape: str | None) -> st
 
 def with_article(text: str) -> str:
     """ "an arrow"."""
-    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+    return ONE_OF.get(text) or f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
 def plural(text: str) -> str:
@@ -183,11 +186,20 @@ def _attribute(scene: Scene, rng: Random) -> Expression:
     return _expression(noun_phrase(*choice), "attribute", selected(scene, *choice), choice[2])
 
 
-def _first(scene: Scene, members: list[SceneObject], axis: str, sign: int) -> SceneObject | None:
-    """The first along an axis, if it is clear."""
-    order = sorted(members, key=lambda one: sign * getattr(one, axis))
-    gap = abs(getattr(order[1], axis) - getattr(order[0], axis))
-    return order[0] if gap >= POSITION_MARGIN * scene.size else None
+def _ahead(scene: Scene, one: SceneObject, other: SceneObject, end: str) -> bool | None:
+    """Whether one object is nearer than another to an end of the picture; None if that is unclear."""
+    start, sign = ENDS[end][1:]
+    gaps = [sign * (other.box[edge] - one.box[edge]) for edge in (start, start + 2)]
+    if abs(sum(gaps)) / 2 < POSITION_MARGIN * scene.size or min(gaps) <= 0 <= max(gaps):
+        return None
+    return sum(gaps) > 0
+
+
+def _ranked(scene: Scene, members: list[SceneObject], end: str, rank: int) -> SceneObject | None:
+    """The one with so many others nearer to an end of the picture, if it is clear."""
+    start, sign = ENDS[end][1:]
+    one = sorted(members, key=lambda other: sign * (other.box[start] + other.box[start + 2]))[rank]
+    return None if None in [_ahead(scene, one, other, end) for other in members if other is not one] else one
 
 
 def _nearest(scene: Scene, members: list[SceneObject], x: float, y: float, far: bool = False) -> SceneObject | None:
@@ -216,10 +228,9 @@ def _position(scene: Scene, rng: Random) -> Expression | None:
         one, text = _nearest(scene, group.members, x, y), f"{group.text} closest to the {place}"
     else:
         end = rng.choice(tuple(ENDS))
-        word, axis, sign = ENDS[end]
-        one = _first(scene, group.members, axis, sign)
+        one = _ranked(scene, group.members, end, 0)
         far = end in ("left", "right") and rng.random() < 0.4
-        text = f"{group.text} farthest to the {end}" if far else f"{word} {group.text}"
+        text = f"{group.text} farthest to the {end}" if far else f"{ENDS[end][0]} {group.text}"
     return one and _expression(text, "position", [one], group.named)
 
 
@@ -228,13 +239,9 @@ def _ordinal(scene: Scene, rng: Random) -> Expression | None:
     if group is None:
         return None
     end = rng.choice(tuple(ENDS))
-    _, axis, sign = ENDS[end]
     rank = rng.randrange(1, min(len(group.members), len(ORDINALS)))
-    order = sorted(group.members, key=lambda one: sign * getattr(one, axis))
-    one, place = order[rank], getattr(order[rank], axis)
-    if any(abs(getattr(other, axis) - place) < POSITION_MARGIN * scene.size for other in order if other is not one):
-        return None
-    return _expression(f"{ORDINALS[rank]} {group.text} from the {end}", "ordinal", [one], group.named)
+    one = _ranked(scene, group.members, end, rank)
+    return one and _expression(f"{ORDINALS[rank]} {group.text} from the {end}", "ordinal", [one], group.named)
 
 
 def _larger(one: SceneObject, other: SceneObject) -> bool | None:
@@ -296,11 +303,7 @@ def _holds(scene: Scene, relation: str, one: SceneObject, anchor: SceneObject) -
         share = (one, anchor) if relation == "behind" else (anchor, one)
         share = share[0].covered.get(share[1].index, 0.0)
         return True if share >= LEAST_HIDDEN else None if share else False
-    axis = "x" if relation in ("left", "right") else "y"
-    gap = getattr(anchor, axis) - getattr(one, axis)
-    if relation in ("right", "below"):
-        gap = -gap
-    return None if abs(gap) < POSITION_MARGIN * scene.size else gap > 0
+    return _ahead(scene, one, anchor, {"above": "top", "below": "bottom"}.get(relation, relation))
 
 
 def related(scene: Scene, relation: str, members: list[SceneObject], anchor: SceneObject) -> list[SceneObject] | None:

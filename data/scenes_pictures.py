@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.data.coco import read_instances, segmentation_to_rle
@@ -46,6 +46,7 @@ POOL_SCENES, POOL_PHOTOS, CACHED_PHOTOS = 256, 32, 96  # so many scenes in a row
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 LEAST_CUTOUT_SIDE = 24  # pixels of the photo
 LEAST_CUTOUT_PIXELS = 24  # of a pasted object
+LAYOUT_TRIES = 500
 
 
 def _arc(start: float, stop: float, points: int, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
@@ -178,8 +179,9 @@ class Cutouts:
     """Real objects of a COCO-format folder, to be pasted.
 
     The layout is COCO's own, `annotations/instances_<name>.json` and `<name>/` (the json may lie beside the folder of
-    pictures; `images/` is taken if there is no `<name>/`). Crowd regions, objects cut off by the border and those
-    whose box is smaller than `LEAST_CUTOUT_SIDE` pixels are not pasted.
+    pictures; of several the first whose folder is there; `images/` is taken if there is none). Crowd regions, objects
+    cut off by the border and those whose box is smaller than `LEAST_CUTOUT_SIDE` pixels are not pasted. Pictures made
+    so carry the licences of the photos they come from (`images[].license` in the json).
 
     Raises:
         ValueError: no annotations, no pictures, or no object that can be pasted.
@@ -190,20 +192,20 @@ class Cutouts:
         files = sorted([*root.glob("annotations/instances*.json"), *root.glob("instances*.json")])
         if not files:
             raise ValueError(f"{root}: no annotations/instances*.json; expected a folder in COCO's layout")
-        annotations = files[0]
-        folders = [root / annotations.stem.removeprefix("instances_"), root / "images"]
-        self.folder = next((folder for folder in folders if folder.is_dir()), None)
-        if self.folder is None:
-            raise ValueError(f"{root}: has neither a folder {folders[0].name!r} nor 'images'")
+        own = [root / file.stem.removeprefix("instances_") for file in files]
+        found = next((pair for pair in zip(files, own, strict=True) if pair[1].is_dir()), (files[0], root / "images"))
+        annotations, self.folder = found
+        if not self.folder.is_dir():
+            raise ValueError(f"{root}: has neither a folder {own[0].name!r} nor 'images'")
         records, instances, categories = read_instances(annotations)
         self.categories = sorted(set(categories.values()))
         self.photos, self.names = [], {}
         for record in records:
-            name = f"{annotations}: image {record['id']!r}"
             path, width, height = safe_join(self.folder, record["file_name"]), record["width"], record["height"]
             self.names[path] = {categories[one["category_id"]] for one in instances[record["id"]]}
             usable = []
             for one in instances[record["id"]]:
+                name = f"{annotations}: annotation {one.get('id')!r} of image {record['id']!r}"
                 x, y, w, h = _bbox(one, name)
                 inside = x >= 2 and y >= 2 and x + w <= width - 2 and y + h <= height - 2
                 if not one.get("iscrowd") and inside and max(w, h) >= LEAST_CUTOUT_SIDE and min(w, h) >= 8:
@@ -282,17 +284,19 @@ def _bbox(annotation: dict, name: str) -> list[float]:
 
 @lru_cache(maxsize=CACHED_PHOTOS)
 def _read_photo(path: Path, least_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """A photo in RGB, reduced while its longer side stays above `least_side`, and its original (width, height)."""
+    """An upright photo in RGB, reduced while its longer side stays above `least_side`, and its original size."""
     try:
         with Image.open(path) as photo:
             original = photo.size
             photo.draft("RGB", (least_side, least_side))
-            photo = photo.convert("RGB")
+            # `datasets` turns pictures upright, too.
+            turned = photo.getexif().get(Image.ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            photo = ImageOps.exif_transpose(photo).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
     if max(photo.size) > 2 * least_side:
         photo = photo.reduce(max(photo.size) // least_side)
-    return photo, original
+    return photo, original[::-1] if turned else original
 
 
 def draw_scene(
@@ -317,11 +321,16 @@ def draw_scene(
         photos: photos for some of the backgrounds.
         paste: real objects; none are drawn then.
         pool: scenes with the same string use the same few photos, so that they are read once.
+
+    Raises:
+        ValueError: a photo or cut-out that cannot be used, or objects that cannot be placed.
     """
     rng = Random(key)
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
     objects, tries = [], 0
     while len(objects) < 2 or (sides is not None and len(objects) < len(sides)):
+        if tries == LAYOUT_TRIES:
+            raise ValueError(f"scenes: {tries} tries placed no two of the objects; are they too thin, or without area?")
         wanted = draw_sides(rng, size, layout) if sides is None or tries >= 20 else list(sides)
         tries += 1
         if paste is not None:

@@ -1,5 +1,6 @@
 """Drawn and pasted scenes: exact annotations, expressions that mean what they say, and the fixed test set."""
 
+import json
 import math
 import pickle
 import re
@@ -19,7 +20,7 @@ from perceptiongpt.data.scenes import (
     scene_details,
     scenes_rows,
 )
-from perceptiongpt.data.scenes_expressions import ODD_ONE
+from perceptiongpt.data.scenes_expressions import ODD_ONE, with_article
 from perceptiongpt.data.scenes_pictures import COLORS, HELD_OUT, PATTERNS, SHAPES
 from perceptiongpt.data.schema import decode_rle, validate_row
 
@@ -243,6 +244,24 @@ def test_rare_kinds_alone(kind):
     assert set(check_expressions(dataset, 40, every_task=False)) == {kind}
 
 
+def test_words_fit_what_they_are_about():
+    assert with_article("orange arrow") == "an orange arrow" and with_article("scissors") == "a pair of scissors"
+    texts = defaultdict(list)
+    for row in scenes_rows(seed=2, limit=150, tasks=["detect", "region_caption", "dialogue"], images=False):
+        texts[row["task"]].append(" ".join(message["content"] for message in row["messages"]))
+    # Nobody asks for every object that is nearest to something, or for every larger one of two.
+    single = (
+        r"(each|every|every single|is a|show a|any|give me) (larger|smaller|[a-z]+( [a-z]+){0,2} (closest|farthest)) "
+    )
+    assert not [text for text in texts["detect"] if re.search(single, text)]
+    assert any("partly hidden by another " in text for text in texts["region_caption"])
+    for text in texts["region_caption"]:
+        if found := re.search(r"an? (.+), partly hidden by an? (.+)\.", text, re.IGNORECASE):
+            assert found[1] != found[2]
+    answers = [text for text in texts["dialogue"] if "have the same color as it? No" in text]
+    assert len(answers) > 10 and all("No, that one is " in text for text in answers)
+
+
 def test_counts_and_descriptions_agree_with_the_objects(test_rows):
     numbers = "none one two three four five six seven eight nine ten eleven twelve".split()
     checked = 0
@@ -378,12 +397,29 @@ def test_training_never_shows_or_names_what_is_held_out():
         ({"seed": FIRST_TEST_SEED, "split": BENCH, "size": 64}, "is defined at 128"),
         ({"seed": FIRST_TEST_SEED, "split": BENCH, "tasks": ["refer"]}, "its own tasks"),
         ({"size": 8}, "at least 32"),
+        ({"size": 4096}, "at most 2048"),
+        ({"size": "large"}, "at least 32"),
+        ({"start": -1}, "whole number from 0 on"),
+        ({"kinds": []}, "no kinds were given"),
         ({"annotations": ["x.json"]}, "no annotation files"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         next(iter(scenes_rows(**arguments)))
+
+
+def test_a_split_has_seeds_of_its_own_unless_one_is_given():
+    for split, seed in (("train", 0), ("test", FIRST_TEST_SEED), (BENCH, FIRST_TEST_SEED)):
+        (row, *_) = scenes_rows(split=split, limit=1, images=False)
+        assert row["image_id"] == f"{seed}-0"
+
+
+def test_one_kind_or_task_may_be_named_without_a_list():
+    dataset = ScenesDataset(5, tasks="refer", kinds="ordinal")
+    assert {dataset.details(index)[0]["kind"] for index in range(5)} == {"ordinal"}
+    with pytest.raises(ValueError, match="weights of \\['seek'\\]"):
+        ScenesDataset(5, weights={"seek": 1})
 
 
 @pytest.mark.parametrize("size", [32, 64, 224])
@@ -412,6 +448,31 @@ def test_questions_about_one_picture_pack(tiny_model):
 def bench(request):
     dataset = ScenesDataset(400, FIRST_TEST_SEED, split=request.param)
     return dataset, [dataset.details(index)[0] for index in range(400)]
+
+
+def test_places_hold_for_edges_and_centres_alike(bench):
+    """The leftmost object is the leftmost by its left edge, its right edge and its centre."""
+    ends = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
+    checked = Counter()
+    for detail in bench[1]:
+        text, solver = detail["text"], Solver(detail["scene"])
+        if found := re.fullmatch(r"(left|right|top|bottom)most (.+)", text):
+            end, noun, rank = found[1], found[2], 0
+        elif found := re.fullmatch(rf"({'|'.join(RANKS)}) (.+) from the (left|right|top|bottom)", text):
+            end, noun, rank = found[3], found[2], RANKS.index(found[1])
+        elif found := re.fullmatch(r"(.+) farthest to the (left|right)", text):
+            end, noun, rank = found[2], found[1], 0
+        if not found or detail["kind"] not in ("position", "ordinal"):
+            continue
+        axis, sign = ends[end]
+        for weights in ((1, 0), (0, 1), (1, 1)):
+            order = sorted(
+                solver.noun(noun),
+                key=lambda one: sign * (weights[0] * one["box"][axis] + weights[1] * one["box"][axis + 2]),
+            )
+            assert (order[rank]["number"],) == detail["targets"], (text, weights)
+        checked[detail["kind"]] += 1
+    assert min(checked["position"], checked["ordinal"]) > 20
 
 
 def test_the_bench_is_what_metrics_says(bench):
@@ -518,6 +579,62 @@ def test_a_pasted_object_keeps_its_form(data_dir):
                 for candidate in (scaled, scaled[:, ::-1]):
                     best = max(best, (candidate & form).sum() / max((candidate | form).sum(), 1))
             assert best > 0.95
+
+
+def write_coco(folder, change=lambda content: None, name="own"):
+    """A folder in COCO's layout: three times the same square object on one photo."""
+    square = {"bbox": [20, 20, 60, 60], "segmentation": [[20, 20, 80, 20, 80, 80, 20, 80]], "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 200, "height": 160}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [{"id": number, "image_id": 1, "category_id": 1, **square} for number in range(3)],
+    }
+    change(content)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (200, 160), "teal").save(folder / name / "a.png")
+    (folder / f"instances_{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_of_several_annotation_files_the_one_with_pictures_is_pasted(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "instances_elsewhere.json").write_text("{}")
+    assert ScenesDataset(2, paste=tmp_path).paste.folder == tmp_path / "own"
+
+
+def test_a_turned_photo_is_pasted_upright(tmp_path):
+    """The annotations are about the picture as it is shown."""
+    write_coco(tmp_path)
+    upright = np.zeros((160, 200, 3), dtype=np.uint8)
+    upright[20:80, 20:80] = (250, 10, 10)
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6  # to be turned clockwise when shown
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "own" / "a.png", exif=exif)
+    scene = ScenesDataset(1, 2, paste=tmp_path).details(0)[0]["scene"]
+    for one in scene.objects:
+        red, green, _ = scene.image[decode_rle(one.mask).astype(bool)].mean(0)
+        assert red > 2 * green
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"segmentation": []}, "placed no two"),
+        ({"segmentation": [[1, 2, 3]]}, "annotation . of image 1: polygon"),
+        ({"bbox": "all"}, "annotation 0 of image 1: bbox 'all'"),
+        ({"iscrowd": 1}, "no object can be pasted"),
+        ({"width": "200"}, "image 1: image of 200 x 160"),
+        ({"width": 220}, "the annotations say"),
+        ({"file_name": "../a.png"}, "leaves the folder"),
+    ],
+)
+def test_bad_annotations_are_not_pasted(tmp_path, changed, message):
+    def change(content):
+        for record in content["images"] if {"width", "file_name"} & set(changed) else content["annotations"]:
+            record.update(changed)
+
+    with pytest.raises(ValueError, match=message):
+        list(scenes_rows(limit=2, paste=write_coco(tmp_path, change)))
 
 
 def test_folders_that_cannot_be_used(tmp_path):
