@@ -57,10 +57,11 @@ def write(
     write_text(output / "summary.md", table(summary))
     lines = []
     for sample in samples:
-        line = {name: sample[name] for name in ("id", "image_id", "task", "prompt")}
+        line = {name: sample[name] for name in ("id", "image_id", "width", "height", "task", "prompt")}
         line["reason"] = result.predictions[sample["id"]].reason
         found = {name: rows[sample["id"]] for name, rows in result.columns.items() if sample["id"] in rows}
-        lines.append(json.dumps(line | {"columns": found}))
+        pieces = {name: parts[sample["id"]] for name, parts in result.pieces.items() if sample["id"] in parts}
+        lines.append(json.dumps(line | {"columns": found, "pieces": pieces}))
     write_text(output / "samples.jsonl", "\n".join(lines) + "\n")
     write_hub_files(output, spec, summary, hub_dataset)
     plot_calibration(summary["calibration"], output / "calibration.png")
@@ -78,7 +79,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def number(value) -> str:
-    """A value for a table."""
+    """A value, or an interval, for a table."""
+    if isinstance(value, list):
+        return " .. ".join(map(number, value))
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
     return "-" if value is None else str(value)
@@ -99,11 +102,14 @@ def table(summary: dict) -> str:
     emission, speed = summary["emission"], summary["speed"]
     facts = {
         "samples": f"{summary['n']} about {summary['pictures']} pictures",
+        "predictions of no sample": summary["predictions_without_sample"] or None,
         "missing or malformed": ", ".join(f"{why}: {count}" for why, count in summary["missing"].items()) or "none",
-        "number of `<vis>` is right": f"{number(emission['rate'])} of {emission['n']}",
+        "number of `<vis>` is right": f"{number(emission['rate'])}{_interval(emission['interval'])} of {emission['n']}",
         "speed": ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in speed.items()),
         "expected calibration error": ", ".join(
-            f"{kind} {number(values['ece'])}" for kind, values in summary["calibration"].items() if "ece" in values
+            f"{kind} {number(values['ece'])}{_interval(values['ece_interval'])}"
+            for kind, values in summary["calibration"].items()
+            if "ece" in values
         ),
         "prompt": "; ".join(f"{task}: {prompt}" for task, prompt in summary["prompt"].items()),
         "seed": summary["seed"],
@@ -135,6 +141,10 @@ def table(summary: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _interval(interval: list[float] | None) -> str:
+    return f" ({number(interval)})" if interval else ""
+
+
 def metric_rows(summary: dict) -> list[str]:
     """A line for each number."""
     rows = []
@@ -143,8 +153,8 @@ def metric_rows(summary: dict) -> list[str]:
             if value is not None and not isinstance(value, float):  # counts, and what is no number
                 continue
             interval = summary["intervals"].get(module, {}).get(key)
-            interval = f"{number(interval[0])} .. {number(interval[1])}" if interval else ""
-            rows.append(f"| {module} | {key} | {number(value)} | {interval} | {summary['n_of_metric'][module]} |")
+            cells = [module, key, number(value), number(interval) if interval else "", summary["n_of_metric"][module]]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
@@ -154,8 +164,9 @@ def metric_rows(summary: dict) -> list[str]:
 def write_hub_files(output: Path, spec: dict, summary: dict, hub_dataset: str | None) -> None:
     """`.eval_results/<benchmark>_<split>.yaml` and `model_index.yaml`.
 
-    The Hub takes `.eval_results` for data sets that it holds; where the benchmark has none, the id is `local/<name>`,
-    to be replaced (`--hub_dataset`) before it is uploaded.
+    The Hub lists an entry of `.eval_results` where its data set is registered as a benchmark with such a task; the
+    card's `model-index` shows every entry. Without a data set on the Hub the id is `local/<name>`, to be replaced
+    (`--hub_dataset`) before it is uploaded.
     """
     dataset = hub_dataset or spec["hub_dataset"] or f"local/{summary['benchmark']}"
     split, date = str(summary["split"]), datetime.now(UTC).strftime("%Y-%m-%d")
@@ -191,7 +202,7 @@ def write_hub_files(output: Path, spec: dict, summary: dict, hub_dataset: str | 
     folder.mkdir(exist_ok=True)
     name = re.sub(r"[^\w.+-]+", "_", f"{summary['benchmark']}_{split}.yaml")
     write_text(folder / name, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=1000))
-    model_name = Path(str(summary["checkpoint"])).name or "model"
+    model_name = Path(str(summary["checkpoint"])).resolve().name
     index = {"model-index": eval_results_to_model_index(model_name, results)}
     write_text(output / "model_index.yaml", yaml.safe_dump(index, sort_keys=False, width=1000))
 
@@ -304,7 +315,7 @@ def read_run(path: str) -> tuple[dict, dict[str, dict]]:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         lines = file.with_name("samples.jsonl").read_text(encoding="utf-8").splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = [{"pieces": {}, **json.loads(line)} for line in lines]  # without, where AP cannot be compared
         return {name: summary[name] for name in ("benchmark", "split", "seed", "checkpoint")}, {
             sample["id"]: sample for sample in samples
         }
@@ -327,7 +338,10 @@ def compare(first: str, second: str, output: str | None = None) -> str:
     if not common:
         raise InputError(f"--compare {first} {second}: no sample is in both (seeds {one['seed']}, {other['seed']})")
     a_common, b_common = ({name: run[name] for name in common} for run in (a, b))
-    names = [name for name in scoring.METRICS if any(name in a[sample]["columns"] for sample in common)]
+    names = [
+        name for name in scoring.METRICS
+        if any(name in run[sample][part] for run in (a, b) for sample in common for part in ("columns", "pieces"))
+    ]  # fmt: skip
     found = {name: scoring.paired_differences(a_common, b_common, name) for name in names}
     alone = {"only in a": len(a) - len(common), "only in b": len(b) - len(common)}
     result = {

@@ -19,7 +19,8 @@ from pycocotools.cocoeval import COCOeval
 
 from perceptiongpt import metrics
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.metrics.caption_scores.caption_scores import tokenize_ptb, tokenize_python
+from perceptiongpt.metrics.caption_scores.caption_scores import start_meteor, tokenize_ptb, tokenize_python
+from perceptiongpt.metrics.coco_detection.coco_detection import STATISTICS
 from perceptiongpt.metrics.shared import box_iou, is_number, parse_box, parse_mask
 
 
@@ -31,12 +32,22 @@ GENERALIZED_THRESHOLDS = (0.7, 0.8, 0.9)
 RESAMPLES = 1000
 AP_RESAMPLES = 200
 BLEU_ORDERS = 4
+# METEOR 1.5's parameters for English: recall's weight, the penalty's power and weight, the weight of content words, and
+# those of the kinds of matches (exact, stem, synonym, paraphrase). Its statistics come in this order.
+METEOR_ALPHA, METEOR_BETA, METEOR_GAMMA, METEOR_DELTA = 0.85, 0.2, 0.6, 0.75
+METEOR_KINDS = (1.0, 0.6, 0.8, 0.6)
+METEOR_STATISTICS = ("length", "reference_length", "function", "reference_function") + tuple(
+    f"{name}{kind}"
+    for kind in range(len(METEOR_KINDS))
+    for name in ("content_match", "reference_content_match", "function_match", "reference_function_match")
+) + ("chunks", "matches", "reference_matches")  # fmt: skip
 LEAST_PICTURES = 10  # with fewer, intervals take samples as independent
 CALIBRATION_BINS = 10
 DECISION_THRESHOLDS = 101
 BENCH_SIDES = (("< 16", 0, 16), ("16-32", 16, 32 + 1e-9), ("> 32", 32 + 1e-9, math.inf))
 SMALLEST_EXACT_SIDE = 16  # Acc@0.9 of the scenes bench counts sides from here on
 Z95 = 1.959964
+DETECTION_ESTIMATES = [f"{kind}_{name}" for kind in ("bbox", "segm") for name in STATISTICS]
 
 
 # ---- samples and predictions -----------------------------------------------------------------------------------------
@@ -139,8 +150,12 @@ def check_prediction(sample: dict, entry: dict | None, threshold: float, needs: 
         return Prediction(found.text, reason="malformed list of objects", failed=True)
     found.emitted = len(objects)
     for one in objects:
-        score = float(one["score"]) if is_number(one.get("score")) else 1.0
-        if score < threshold:
+        scores = [1.0 if one.get("score") is None else one["score"]]
+        scores.append(scores[0] if one.get("mask_score") is None else one["mask_score"])
+        if not all(map(is_number, scores)):
+            found.reason = found.reason or "malformed score: not a number"
+            one, scores = {"phrase": one.get("phrase")}, [max(threshold, 0.0)] * 2  # finds nothing
+        elif scores[0] < threshold:
             continue
         box, box_reason = _checked(one.get("box"), "box", parse_box)
         mask, mask_reason = _checked(one.get("mask"), "mask", lambda value: _parse_mask(value, sample))
@@ -151,8 +166,8 @@ def check_prediction(sample: dict, entry: dict | None, threshold: float, needs: 
             {
                 "box": box,
                 "mask": mask,
-                "score": score,
-                "mask_score": float(one["mask_score"]) if is_number(one.get("mask_score")) else score,
+                "score": float(scores[0]),
+                "mask_score": float(scores[1]),
                 "phrase": phrase if isinstance(phrase, str) else "",
             }
         )
@@ -197,20 +212,43 @@ def ratio(numerator: str, denominator: str = "one", within_one: bool = True) -> 
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.divide(sums[numerator], sums[denominator])
 
-    estimate.columns, estimate.within_one = (numerator, denominator), within_one
+    estimate.columns, estimate.is_ratio, estimate.within_one = (numerator, denominator), True, within_one
     return estimate
 
 
 def bleu(order: int) -> Callable[[dict], np.ndarray]:
-    """The estimate of BLEU up to n-grams of this order."""
+    """The estimate of BLEU up to n-grams of this order, from `bleu_columns`."""
 
     def estimate(sums: dict) -> np.ndarray:
         shares = [(sums[f"correct{n}"] + 1e-15) / (sums[f"guess{n}"] + 1e-9) for n in range(1, order + 1)]
         short = np.minimum(1 - sums["reference"] / np.maximum(sums["length"], 1e-9), 0)
         return np.exp(short) * np.prod(shares, axis=0) ** (1 / order)
 
-    estimate.columns = None
+    counts = (f"{name}{n}" for name in ("correct", "guess") for n in range(1, order + 1))
+    estimate.columns, estimate.is_ratio = ("length", "reference", *counts), False
     return estimate
+
+
+def meteor(sums: dict) -> np.ndarray:
+    """The estimate of METEOR of a set, from `meteor_columns`: as the Java program makes it of the summed statistics."""
+    sums = {name: sums[f"meteor_{name}"] for name in METEOR_STATISTICS}
+    shares = []
+    for side in ("", "reference_"):
+        words, function = sums[f"{side}length"], sums[f"{side}function"]
+        matched = sum(
+            weight * (METEOR_DELTA * sums[f"{side}content_match{kind}"]
+                      + (1 - METEOR_DELTA) * sums[f"{side}function_match{kind}"])
+            for kind, weight in enumerate(METEOR_KINDS)
+        )  # fmt: skip
+        weighted = METEOR_DELTA * (words - function) + (1 - METEOR_DELTA) * function
+        shares.append(matched / np.maximum(weighted, 1e-9))
+    precision, recall = shares
+    mean = precision * recall / np.maximum(METEOR_ALPHA * precision + (1 - METEOR_ALPHA) * recall, 1e-9)
+    fragments = sums["chunks"] / np.maximum((sums["matches"] + sums["reference_matches"]) / 2, 1e-9)
+    return mean * (1 - METEOR_GAMMA * fragments**METEOR_BETA)
+
+
+meteor.columns, meteor.is_ratio = tuple(f"meteor_{name}" for name in METEOR_STATISTICS), False
 
 
 @dataclass(frozen=True)
@@ -218,9 +256,14 @@ class Metric:
     """How `validate.py` uses one module of `metrics/`.
 
     Attributes:
-        inputs: (sample, prediction) -> what the module takes for it: `predictions`, `references` and others.
+        inputs: (sample, prediction) -> what the module takes for it: `predictions`, `references` and others. Without
+            `columns`: the sample's part of `detection_tables`.
         columns: what the module says of one sample (`per_sample=True`) -> what the sample adds to the sums.
-        estimates: result key -> function of the summed columns.
+        more: (inputs of all samples, the module's results) -> further columns of each.
+        estimates: result key -> function of the summed columns. Its attributes: `columns` (it is left out where these
+            are missing) and `is_ratio` (of the first to the second).
+        detections: result key -> name among `detection_estimates`, of what is AP or AR.
+        piece: what `inputs` gives -> what the sample adds to these (`detection_tables`).
         needs: of `text`, `box` and `mask`, what a prediction must have not to be a missing one.
         single: measures only samples with one target.
 
@@ -229,10 +272,13 @@ class Metric:
     """
 
     inputs: Callable[[dict, Prediction], dict]
-    columns: Callable[[dict], dict[str, float]]
+    columns: Callable[[dict], dict[str, float]] | None
     estimates: dict[str, Callable[[dict], np.ndarray]]
     needs: tuple[str, ...] = ()
     single: bool = False
+    more: Callable[[list[dict], dict], list[dict]] | None = None
+    detections: dict[str, str] = field(default_factory=dict)
+    piece: Callable[[dict], dict] | None = None
 
 
 def _first_box(sample, prediction):
@@ -304,7 +350,26 @@ def _yes_no(sample, prediction):
 
 
 def _yes_no_columns(row):
-    return {"value": float(row["correct"]), "hit": float(row["correct"]), "strict": float(row["strict_correct"])}
+    columns, positive = {"value": float(row["correct"])}, row["reference"] == "yes"
+    for prefix in ("", "strict_"):
+        correct = row[f"{prefix}correct"]
+        claimed = correct == positive  # a wrong answer to a no counts as a yes, whatever it says
+        parts = {"hit": correct, "yes": row[f"{prefix}answer"] == "yes", "right": correct and positive}
+        parts |= {"claimed": claimed, "positive": positive, "twice_right": 2 * (correct and positive)}
+        parts |= {"claimed_or_positive": claimed + positive}
+        columns |= {f"{prefix}{name}": float(value) for name, value in parts.items()}
+    return columns
+
+
+def yes_no_estimates(prefix: str) -> dict[str, Callable[[dict], np.ndarray]]:
+    """The estimates of `pope` in one reading."""
+    return {
+        f"{prefix}accuracy": ratio(f"{prefix}hit"),
+        f"{prefix}precision": ratio(f"{prefix}right", f"{prefix}claimed"),
+        f"{prefix}recall": ratio(f"{prefix}right", f"{prefix}positive"),
+        f"{prefix}f1": ratio(f"{prefix}twice_right", f"{prefix}claimed_or_positive"),
+        f"{prefix}yes_ratio": ratio(f"{prefix}yes"),
+    }
 
 
 def _caption(sample, prediction):
@@ -314,6 +379,53 @@ def _caption(sample, prediction):
 
 def _caption_columns(row):
     return {"value": row["cider"], "rouge_l": row["rouge_l"]}
+
+
+def caption_columns(inputs: list[dict], values: dict) -> list[dict[str, float]]:
+    """`bleu_columns` and, where METEOR was computed, `meteor_columns` of each caption."""
+    pairs = [(one["predictions"], one["references"]) for one in inputs]
+    return _word_columns(pairs, values, (bleu_columns, meteor_columns) if "meteor" in values else (bleu_columns,))
+
+
+def grounded_columns(inputs: list[dict], values: dict) -> list[dict[str, float]]:
+    """`meteor_columns` of each caption, where METEOR was computed."""
+    pairs = [(one["predictions"]["caption"], one["references"]["caption"]) for one in inputs]
+    return _word_columns(pairs, values, (meteor_columns,) if "meteor" in values else ())
+
+
+def _word_columns(pairs: list[tuple], values: dict, kinds: tuple[Callable, ...]) -> list[dict[str, float]]:
+    """Columns of each (caption, references), split into words as the module did."""
+    if not kinds:
+        return [{} for _ in pairs]
+    tokenize = {"ptb": tokenize_ptb, "python": tokenize_python}[values["tokenizer"]]
+    captions = tokenize([caption for caption, _ in pairs])
+    words = iter(tokenize([text for _, references in pairs for text in references]))
+    rows = []
+    for caption, (_, references) in zip(captions, pairs, strict=True):
+        references = [next(words) for _ in references]
+        row = {name: value for columns in kinds for name, value in columns(caption, references).items()}
+        rows.append({name: float(value) for name, value in row.items()})
+    return rows
+
+
+def bleu_columns(caption: str, references: list[str]) -> dict[str, float]:
+    """What BLEU sums up of a caption: n-grams that are right (`correct1` ..), all (`guess1` ..), and lengths."""
+    counts = BleuScorer(caption, references).ctest[0]
+    length = counts["testlen"]
+    row = {"length": length, "reference": min((abs(other - length), other) for other in counts["reflen"])[1]}
+    for order in range(BLEU_ORDERS):
+        row |= {f"{name}{order + 1}": counts[name][order] for name in ("correct", "guess")}
+    return row
+
+
+def meteor_columns(caption: str, references: list[str]) -> dict[str, float]:
+    """What METEOR sums up of a caption, as its Java program says it; the one chunk of a caption that is the reference
+    does not count there."""
+    row = dict(zip(METEOR_STATISTICS, map(float, start_meteor()._stat(caption, references).split()), strict=True))
+    sides = (row["length"], row["reference_length"])
+    if row["chunks"] == 1 and (row["matches"], row["reference_matches"]) == sides:
+        row["chunks"] = 0.0
+    return {f"meteor_{name}": value for name, value in row.items()}
 
 
 def _grounded(sample, prediction):
@@ -336,6 +448,41 @@ def _grounded(sample, prediction):
         "masks": [area(*target) for target in wanted],
     }
     return {"predictions": found, "references": reference}
+
+
+def _grounded_piece(inputs):
+    true, found = inputs["references"]["masks"], inputs["predictions"]
+
+    def describe(mask):
+        return {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask)), "segmentation": mask}
+
+    results = zip(found["masks"], found["scores"], strict=True)
+    return {"category": "", "true": [describe(mask) for mask in true],
+            "found": [describe(mask) | {"score": score} for mask, score in results]}  # fmt: skip
+
+
+def _detections(sample, prediction):
+    true, found = [], []
+    for box, mask in targets(sample):
+        one = {"bbox": _xywh(box), "area": (box[2] - box[0]) * (box[3] - box[1])}
+        true.append(one if mask is None else one | {"area": float(coco_mask.area(mask)), "segmentation": mask})
+    for one in prediction.objects:
+        result = {"bbox": _xywh(one["box"] or [0.0] * 4), "score": one["score"]}
+        found.append(result | {"segmentation": one["mask"] or empty_mask(sample)})
+    return {"category": asked_category(sample), "true": true, "found": found}
+
+
+def _xywh(box: list[float]) -> list[float]:
+    x0, y0, x1, y1 = box
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def asked_category(sample: dict) -> str:
+    """What a sample asks to find, as a category: "cup" of "Find every cup." and of "There is no cup."."""
+    content = sample["answers"][0]["content"]
+    if sample["task"] == "no_target":
+        return content.removeprefix("There is no ").removesuffix(".")
+    return sample["phrase"]
 
 
 def _grounded_columns(row):
@@ -392,27 +539,40 @@ METRICS = {
     "pope": Metric(
         _yes_no,
         _yes_no_columns,
-        {"accuracy": ratio("hit"), "strict_accuracy": ratio("strict")},
+        yes_no_estimates("") | yes_no_estimates("strict_"),
         needs=("text",),
     ),
     "caption_scores": Metric(
         _caption,
         _caption_columns,
         {"cider": ratio("value", within_one=False), "rouge_l": ratio("rouge_l")}
-        | {f"bleu{order}": bleu(order) for order in range(1, BLEU_ORDERS + 1)},
+        | {f"bleu{order}": bleu(order) for order in range(1, BLEU_ORDERS + 1)}
+        | {"meteor": meteor},
         needs=("text",),
+        more=caption_columns,
     ),
     "grounded_caption": Metric(
         _grounded,
         _grounded_columns,
         {
             "cider": ratio("cider", within_one=False),
+            "meteor": meteor,
             "miou": ratio("matched_iou", "matched"),
             "recall": ratio("matched", "annotated"),
         },
         needs=("text",),
+        more=grounded_columns,
+        detections={"ap50": "segm_ap50"},
+        piece=_grounded_piece,
     ),
-    "coco_detection": Metric(None, None, {}, needs=("box",)),
+    "coco_detection": Metric(
+        _detections,
+        None,
+        {},
+        needs=("box",),
+        detections={name: name for name in DETECTION_ESTIMATES},
+        piece=dict,
+    ),
 }
 
 
@@ -432,6 +592,7 @@ class Result:
     intervals: dict[str, dict]
     n_of_metric: dict[str, int]
     columns: dict[str, dict[str, dict]]  # metric -> id -> column -> value
+    pieces: dict[str, dict[str, dict]]  # metric -> id -> what AP is made of
     predictions: dict[str, Prediction]
     missing: Counter
     emission: dict
@@ -493,15 +654,17 @@ class Scorer:
     def score(self, samples: list[dict], entries: dict[str, dict]) -> Result:
         """All numbers of all samples; one without an entry, or with a bad one, counts as wrong."""
         predictions = {sample["id"]: self.check(sample, entries.get(sample["id"])) for sample in samples}
-        values, intervals, counts, columns = {}, {}, {}, {}
+        values, intervals, counts, columns, pieces = {}, {}, {}, {}, {}
         for name in self.metrics:
             chosen = [sample for sample in samples if self.applies(name, sample)]
             counts[name] = len(chosen)
             if not chosen:
                 continue
             found = [predictions[sample["id"]] for sample in chosen]
-            values[name], intervals[name], rows = measure(name, chosen, found)
-            columns[name] = dict(zip((sample["id"] for sample in chosen), rows, strict=True)) if rows else {}
+            values[name], intervals[name], rows, parts = measure(name, chosen, found)
+            ids = [sample["id"] for sample in chosen]
+            columns[name] = dict(zip(ids, rows, strict=True)) if rows else {}
+            pieces[name] = dict(zip(ids, parts, strict=True)) if parts else {}
         missing = Counter(prediction.reason for prediction in predictions.values() if prediction.reason)
         single = {name for name in self.metrics if METRICS[name].single}
         first_only = {sample["id"] for sample in samples if any(self.applies(name, sample) for name in single)}
@@ -510,6 +673,7 @@ class Scorer:
             intervals,
             counts,
             columns,
+            pieces,
             predictions,
             missing,
             emission_rate(samples, predictions),
@@ -518,39 +682,25 @@ class Scorer:
         )
 
 
-def measure(name: str, samples: list[dict], predictions: list[Prediction]) -> tuple[dict, dict, list[dict]]:
-    """(the module's results, their intervals, columns per sample) of one metric."""
+def measure(name: str, samples: list[dict], predictions: list[Prediction]) -> tuple[dict, dict, list, list]:
+    """(the module's results, their intervals, columns per sample, `piece` per sample) of one metric."""
     metric, module = METRICS[name], metrics.load(name)
-    if name == "coco_detection":
-        annotations, results = detection_tables(samples, predictions)
-        values = module.compute(predictions=results, references=annotations)
-        return clean_numbers(values), detection_intervals(annotations, results), []
     inputs = [metric.inputs(sample, prediction) for sample, prediction in zip(samples, predictions, strict=True)]
-    values = module.compute(**{key: [one[key] for one in inputs] for key in inputs[0]}, per_sample=True)
-    rows = [metric.columns(row) for row in values.pop("samples")]
-    if name == "caption_scores":
-        rows = [row | counts for row, counts in zip(rows, bleu_columns(inputs, values["tokenizer"]), strict=True)]
-    intervals = intervals_of(rows, metric.estimates, [sample["image_id"] for sample in samples])
-    if name == "grounded_caption":
-        intervals |= grounded_intervals(inputs)
-    return clean_numbers(values), intervals, rows
-
-
-def bleu_columns(inputs: list[dict], tokenizer: str) -> list[dict[str, float]]:
-    """What BLEU sums up of each caption: n-grams that are right (`correct1` ..), all (`guess1` ..), and lengths."""
-    tokenize = {"ptb": tokenize_ptb, "python": tokenize_python}[tokenizer]
-    captions = tokenize([one["predictions"] for one in inputs])
-    references = iter(tokenize([text for one in inputs for text in one["references"]]))
-    rows = []
-    for caption, one in zip(captions, inputs, strict=True):
-        scorer = BleuScorer(caption, [next(references) for _ in one["references"]])
-        counts = scorer.ctest[0]
-        length = counts["testlen"]
-        row = {"length": length, "reference": min((abs(other - length), other) for other in counts["reflen"])[1]}
-        for order in range(BLEU_ORDERS):
-            row |= {f"{name}{order + 1}": counts[name][order] for name in ("correct", "guess")}
-        rows.append({key: float(value) for key, value in row.items()})
-    return rows
+    pieces = [metric.piece(one) for one in inputs] if metric.piece else []
+    intervals, rows = {}, []
+    if metric.columns is None:
+        annotations, results = detection_tables(samples, pieces)
+        values = module.compute(predictions=results, references=annotations)
+    else:
+        values = module.compute(**{key: [one[key] for one in inputs] for key in inputs[0]}, per_sample=True)
+        rows = [metric.columns(row) for row in values.pop("samples")]
+        if metric.more:
+            rows = [row | more for row, more in zip(rows, metric.more(inputs, values), strict=True)]
+        intervals = intervals_of(rows, metric.estimates, [sample["image_id"] for sample in samples])
+    if pieces:
+        found = detection_estimates(samples, pieces, AP_RESAMPLES)
+        intervals |= {key: centred_percentiles(found[it]) for key, it in metric.detections.items() if it in found}
+    return clean_numbers(values), intervals, rows, pieces
 
 
 def clean_numbers(values: dict) -> dict:
@@ -591,10 +741,12 @@ def intervals_of(
     table, groups = column_table(rows), sample_groups(pictures)
     sums, found = None, {}
     for key, estimate in estimates.items():
-        parts = [table[name] for name in estimate.columns or ()]
-        if parts and parts[1].sum() == 0:
+        if not set(estimate.columns) <= set(table):
+            continue
+        parts = [table[name] for name in estimate.columns]
+        if estimate.is_ratio and parts[1].sum() == 0:
             found[key] = None
-        elif parts and estimate.within_one and all(np.isin(part, (0, 1)).all() for part in parts):
+        elif estimate.is_ratio and estimate.within_one and all(np.isin(part, (0, 1)).all() for part in parts):
             found[key] = share_interval(*parts, groups)
         else:
             sums = sums or resampled_sums(table, groups, picture_weights(groups, RESAMPLES))
@@ -606,6 +758,19 @@ def percentiles(values: np.ndarray) -> list[float] | None:
     """The middle 95 % of resampled values."""
     values = values[np.isfinite(values)]
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+
+
+def centred_percentiles(values: np.ndarray) -> list[float] | None:
+    """`percentiles` of all values but the first, moved so that their mean is the first, which is that of all samples.
+
+    Of samples that are drawn again, AP and calibration error come out too large on average: peaks, and gaps whatever
+    their sign, grow with chance. The numbers are shares, and the interval ends where these do.
+    """
+    drawn = values[1:][np.isfinite(values[1:])]
+    if not len(drawn) or not math.isfinite(values[0]):
+        return None
+    low, high = percentiles(drawn - drawn.mean() + values[0])
+    return [min(max(low, 0.0), float(values[0])), max(min(high, 1.0), float(values[0]))]
 
 
 def share_interval(hits: np.ndarray, counted: np.ndarray, groups: np.ndarray) -> list[float]:
@@ -626,117 +791,134 @@ def share_interval(hits: np.ndarray, counted: np.ndarray, groups: np.ndarray) ->
 # ---- detection -------------------------------------------------------------------------------------------------------
 
 
-def asked_category(sample: dict) -> str:
-    """What a sample asks to find, as a category: "cup" of "Find every cup." and of "There is no cup."."""
-    content = sample["answers"][0]["content"]
-    if sample["task"] == "no_target":
-        return content.removeprefix("There is no ").removesuffix(".")
-    return sample["phrase"]
+def detection_tables(samples: list[dict], pieces: list[dict]) -> tuple[dict, list[dict]]:
+    """(annotations, results) in COCO's form; pictures and categories are numbered in order of appearance.
 
-
-def detection_tables(samples: list[dict], predictions: list[Prediction]) -> tuple[dict, list[dict]]:
-    """(annotations, results) in COCO's form; pictures and categories are numbered in order of appearance."""
+    Args:
+        samples: `image_id`, `width` and `height` of each.
+        pieces: of each `category` (a name) and `true` and `found`, as in COCO's annotations and results.
+    """
     pictures, categories = {}, {}
     annotations, results = [], []
-    has_masks = all(mask is not None for sample in samples for _, mask in targets(sample))
-    for sample, prediction in zip(samples, predictions, strict=True):
+    has_masks = all("segmentation" in one for piece in pieces for one in piece["true"])
+    for sample, piece in zip(samples, pieces, strict=True):
         image = pictures.setdefault(sample["image_id"], {"id": len(pictures) + 1})
         image |= {"width": sample["width"], "height": sample["height"], "file_name": sample["image_id"]}
-        category = categories.setdefault(asked_category(sample), len(categories) + 1)
+        category = categories.setdefault(piece["category"], len(categories) + 1)
         common = {"image_id": image["id"], "category_id": category}
-        for box, mask in targets(sample):
-            x0, y0, x1, y1 = box
-            one = {**common, "id": len(annotations) + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0}
-            one["area"] = float(coco_mask.area(mask)) if has_masks else (x1 - x0) * (y1 - y0)
-            annotations.append(one | ({"segmentation": mask} if has_masks else {}))
-        for one in prediction.objects:
-            x0, y0, x1, y1 = one["box"] or [0.0] * 4
-            result = {**common, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": one["score"]}
-            results.append(result | ({"segmentation": one["mask"] or empty_mask(sample)} if has_masks else {}))
+        for one in piece["true"]:
+            annotations.append(common | {"id": len(annotations) + 1, "iscrowd": 0} | one)
+        results += [common | one for one in piece["found"]]
+    if not has_masks:
+        results = [{key: value for key, value in one.items() if key != "segmentation"} for one in results]
+        annotations = [{key: value for key, value in one.items() if key != "segmentation"} for one in annotations]
     table = {"info": {}, "images": list(pictures.values()), "annotations": annotations}
     table["categories"] = [{"id": number, "name": name} for name, number in categories.items()]
     return table, results
 
 
-def detection_intervals(annotations: dict, results: list[dict]) -> dict[str, list[float] | None]:
-    """95 % intervals of `bbox_ap`, `segm_ap`, and both at IoU 0.5 and 0.75: AP over pictures drawn again."""
-    if not results or not annotations["annotations"]:
-        return {}
-    kinds = [kind for kind, key in (("bbox", "bbox"), ("segm", "segmentation")) if key in annotations["annotations"][0]]
-    weights = picture_weights(np.arange(len(annotations["images"])), AP_RESAMPLES)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        truth.dataset = annotations
-        truth.createIndex()
-        found = truth.loadRes([dict(one) for one in results])
-        return {
-            f"{kind}_{name}": percentiles(resampled_ap(truth, found, kind, weights, thresholds))
-            for kind in kinds
-            for name, thresholds in (("ap", None), ("ap50", [0.5]), ("ap75", [0.75]))
-        }
-
-
-def grounded_intervals(inputs: list[dict]) -> dict[str, list[float] | None]:
-    """The 95 % interval of `grounded_caption`'s `ap50`, from what the module got."""
-    annotations, results = [], []
-    for number, one in enumerate(inputs, 1):
-        common = {"image_id": number, "category_id": 1}
-        for mask in one["references"]["masks"]:
-            box, area = coco_mask.toBbox(mask).tolist(), float(coco_mask.area(mask))
-            more = {"id": len(annotations) + 1, "bbox": box, "area": area, "segmentation": mask, "iscrowd": 0}
-            annotations.append(common | more)
-        found = zip(one["predictions"]["masks"], one["predictions"]["scores"], strict=True)
-        results += [common | {"segmentation": mask, "score": score} for mask, score in found]
-    images = [{"id": number, "width": 0, "height": 0} for number in range(1, len(inputs) + 1)]
-    table = {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1}]}
-    return {"ap50": detection_intervals(table, results).get("segm_ap50")}
-
-
-def resampled_ap(
-    truth: COCO, found: COCO, kind: str, weights: np.ndarray, thresholds: list[float] | None = None
-) -> np.ndarray:
-    """COCO's AP (101 recall points, ten thresholds, 100 objects a picture) with each picture counted `weights` times.
+def detection_estimates(samples: list[dict], pieces: list[dict], resamples: int) -> dict[str, np.ndarray]:
+    """Of pictures that are drawn again and again, COCO's twelve numbers for boxes and, where there are masks, masks.
 
     Args:
-        weights: (resamples, pictures), pictures in the order of their ids from 1 on.
-        thresholds: of the IoU; default: COCO's ten.
+        samples, pieces: as in `detection_tables`.
 
     Returns:
-        (resamples,); a category that a resample has no objects of does not enter its mean.
+        {`bbox_ap`, ..: (1 + resamples,)}, first of the pictures as they are; NaN where there is nothing to find.
     """
-    evaluation = COCOeval(truth, found, kind)
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
-    if thresholds is not None:
-        evaluation.params.iouThrs = np.array(thresholds)
-    evaluation.evaluate()
-    by_category = defaultdict(list)
-    for entry in evaluation.evalImgs:
-        if entry is not None:
-            by_category[entry["category_id"]].append(entry)
-    points, total, counted = evaluation.params.recThrs, 0.0, 0.0
-    for entries in by_category.values():
-        wanted = sum(weights[:, entry["image_id"] - 1] * np.sum(entry["gtIgnore"] == 0) for entry in entries)
-        scores = np.concatenate([entry["dtScores"] for entry in entries])
-        order = np.argsort(-scores, kind="mergesort")
-        picture = np.concatenate([[entry["image_id"] - 1] * len(entry["dtScores"]) for entry in entries]).astype(int)
-        matched = np.concatenate([entry["dtMatches"] > 0 for entry in entries], axis=1)[:, order]
-        ignored = np.concatenate([entry["dtIgnore"] > 0 for entry in entries], axis=1)[:, order]
-        drawn = weights[:, picture[order]].astype(float)
-        average = np.zeros(len(weights))
-        for is_match, is_ignored in zip(matched, ignored, strict=True):
-            right = np.cumsum(drawn * (is_match & ~is_ignored), axis=1)
-            wrong = np.cumsum(drawn * (~is_match & ~is_ignored), axis=1)
-            precision = right / np.maximum(right + wrong, 1e-9)
-            precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            recall = right / np.maximum(wanted, 1e-9)[:, None]
-            for row in range(len(weights)):
-                index = np.searchsorted(recall[row], points)
-                average[row] += precision[row][index[index < precision.shape[1]]].sum() / len(points)
-        has_objects = wanted > 0
-        total = total + np.where(has_objects, average / len(matched), 0.0)
-        counted = counted + has_objects
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return total / counted
+    annotations, results = detection_tables(samples, pieces)
+    if not annotations["annotations"]:
+        return {}
+    weights = picture_weights(np.arange(len(annotations["images"])), resamples)
+    weights = np.concatenate([np.ones_like(weights[:1]), weights])
+    kinds = [kind for kind, key in (("bbox", "bbox"), ("segm", "segmentation")) if key in annotations["annotations"][0]]
+    return {
+        f"{kind}_{name}": values
+        for kind in kinds
+        for name, values in resampled_detection(annotations, results, kind, weights).items()
+    }
+
+
+def resampled_detection(
+    annotations: dict, results: list[dict], kind: str, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """COCO's numbers with each picture counted `weights` times: pycocotools matches once, only the sums are made anew.
+
+    Args:
+        annotations, results: of `detection_tables`.
+        kind: `bbox` or `segm`.
+        weights: (resamples, pictures), pictures in the order of their ids from 1 on.
+
+    Returns:
+        {`ap`, ..: (resamples,)} in the order of `STATISTICS`; a category that a resample has no objects of does not
+        enter its mean.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth, found = COCO(), COCO()
+        truth.dataset, found.dataset = annotations, annotations | {"annotations": []}
+        truth.createIndex()
+        found.createIndex()
+        if results:
+            found = truth.loadRes([dict(one) for one in results])
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.evaluate()
+    params = evaluation.params
+    areas = {tuple(limits): name for limits, name in zip(params.areaRng, params.areaRngLbl, strict=True)}
+    entries = defaultdict(lambda: defaultdict(list))
+    for entry in filter(None, evaluation.evalImgs):
+        entries[areas[tuple(entry["aRng"])]][entry["category_id"]].append(entry)
+    values = {}
+    for area, of_category in entries.items():
+        suffix, limits = ("", params.maxDets) if area == "all" else (f"_{area}", params.maxDets[-1:])
+        parts = [_category_curves(some, weights, params.recThrs, limits) for some in of_category.values()]
+        has_objects = np.stack([part[0] for part in parts]) > 0  # (categories, resamples)
+        precision, recall = (np.stack([part[i] for part in parts]) for i in (1, 2))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            precision, recall = ((part * has_objects[..., None]).sum(0) / has_objects.sum(0)[:, None]
+                                 for part in (precision, recall))  # fmt: skip
+        values[f"ap{suffix}"] = precision.mean(1)
+        if area == "all":
+            for threshold in (0.5, 0.75):
+                values[f"ap{100 * threshold:.0f}"] = precision[:, np.isclose(params.iouThrs, threshold)][:, 0]
+            values |= {f"ar{limit}": recall[:, index] for index, limit in enumerate(limits)}
+        else:
+            values[f"ar{suffix}"] = recall[:, 0]
+    return {name: values[name] for name in STATISTICS if name in values}
+
+
+def _category_curves(
+    entries: list[dict], weights: np.ndarray, points: np.ndarray, limits: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one category: the objects (resamples,), the mean precision over the recall `points` (resamples, thresholds),
+    and the recall, mean over thresholds, with at most so many results per picture (resamples, limits)."""
+    objects = np.array([np.sum(entry["gtIgnore"] == 0) for entry in entries], dtype=float)
+    wanted = weights[:, [entry["image_id"] - 1 for entry in entries]] @ objects
+    scores = np.concatenate([entry["dtScores"] for entry in entries])
+    order = np.argsort(-scores, kind="mergesort")
+    picture = np.concatenate([[entry["image_id"] - 1] * len(entry["dtScores"]) for entry in entries]).astype(int)
+    rank = np.concatenate([np.arange(len(entry["dtScores"])) for entry in entries])[order]
+    matched, ignored = (
+        np.concatenate([np.asarray(entry[key], dtype=bool) for entry in entries], axis=1)[:, order]
+        for key in ("dtMatches", "dtIgnore")
+    )
+    drawn = weights[:, picture[order]].astype(float)
+    least = np.maximum(wanted, 1e-9)
+    precisions, recalls = np.zeros((len(weights), len(matched))), np.zeros((len(weights), len(limits)))
+    for number, (is_match, is_ignored) in enumerate(zip(matched, ignored, strict=True)):
+        hit = is_match & ~is_ignored
+        if not hit.any():
+            continue
+        right = np.cumsum(drawn * hit, axis=1)[:, hit]  # precision has its peaks, and recall its steps, at the hits
+        all_results = np.cumsum(drawn * ~is_ignored, axis=1)[:, hit]
+        precision = right / np.maximum(all_results, 1e-9)
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        recall = right / least[:, None]
+        for row in range(len(weights)):
+            index = np.searchsorted(recall[row], points)
+            precisions[row, number] = precision[row][index[index < precision.shape[1]]].sum() / len(points)
+        for column, limit in enumerate(limits):
+            recalls[:, column] += (drawn * (hit & (rank < limit))).sum(1) / least / len(matched)
+    return wanted, precisions, recalls
 
 
 # ---- emission, speed, calibration ------------------------------------------------------------------------------------
@@ -745,16 +927,20 @@ def resampled_ap(
 def emission_rate(samples: list[dict], predictions: dict[str, Prediction]) -> dict:
     """How often the answer has as many `<vis>` as the true one, none where none is called for."""
     single = [sample for sample in samples if len(sample["answers"]) == 1]
-    right = sum(
+    right = [
         predictions[sample["id"]].emitted == sample["answers"][0]["content"].count(VIS_TOKEN)
         and predictions[sample["id"]].reason != "no prediction"
         for sample in single
-    )
-    return {"rate": right / len(single) if single else None, "n": len(single)}
+    ]
+    if not single:
+        return {"rate": None, "interval": None, "n": 0}
+    pictures = [sample["image_id"] for sample in single]
+    interval = intervals_of([{"right": float(one)} for one in right], {"rate": ratio("right")}, pictures)["rate"]
+    return {"rate": sum(right) / len(single), "interval": interval, "n": len(single)}
 
 
 def speed(entries: Iterable[dict]) -> dict:
-    """Means over the answers: decoding, reading and scaling of the picture included."""
+    """Means over the answers: scaling of the picture, answering and decoding, without reading the picture's file."""
     entries = [entry for entry in entries if entry and entry.get("ms")]
     if not entries:
         return {}
@@ -776,10 +962,10 @@ def calibration(samples: list[dict], predictions: dict[str, Prediction], first_o
         first_only: ids of samples of whose objects only the first counts.
 
     Returns:
-        `box` and `mask` (of what references there are): `n`, `ece`, `mean_score`, `accuracy` (share with IoU >= 0.5
-        of a target that no surer object has), `bins` and `precision_recall` over the score; `no_target`: the shares of
-        samples without (`n_acc`) and with (`t_acc`) a target that are decided rightly when a target is there from a
-        score on.
+        `box` and `mask` (of what references there are): `n`, `ece` with its 95 % interval `ece_interval`, `mean_score`,
+        `accuracy` (share with IoU >= 0.5 of a target that no surer object has), `bins` and `precision_recall` over the
+        score; `no_target`: the shares of samples without (`n_acc`) and with (`t_acc`) a target that are decided rightly
+        when a target is there from a score on.
     """
     found = {}
     for kind, score, number in (("box", "score", 0), ("mask", "mask_score", 1)):
@@ -794,7 +980,7 @@ def calibration(samples: list[dict], predictions: dict[str, Prediction], first_o
             objects = sorted((one for one in objects if one[kind] is not None), key=lambda one: -one[score])
             wanted += len(references)
             right = _right_objects(kind, [one[kind] for one in objects], references)
-            pairs += [(one[score], index in right) for index, one in enumerate(objects)]
+            pairs += [(one[score], index in right, sample["image_id"]) for index, one in enumerate(objects)]
         if pairs and wanted:
             found[kind] = _reliability(*map(np.array, zip(*pairs, strict=True)), wanted)
     decided = [(max((one["score"] for one in predictions[sample["id"]].objects), default=-1.0), bool(targets(sample)))
@@ -821,24 +1007,32 @@ def _right_objects(kind: str, objects: list, references: list) -> set[int]:
     return right
 
 
-def _reliability(scores: np.ndarray, right: np.ndarray, wanted: int) -> dict:
+def _reliability(scores: np.ndarray, right: np.ndarray, pictures: np.ndarray, wanted: int) -> dict:
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     index = np.clip(np.digitize(scores, edges) - 1, 0, CALIBRATION_BINS - 1)
-    bins, error = [], 0.0
+    bins, columns = [], {"one": np.ones(len(scores))}
     for number in range(CALIBRATION_BINS):
         inside = index == number
+        columns[f"gap{number}"] = inside * (scores - right)
         if inside.any():
             score, share = float(scores[inside].mean()), float(right[inside].mean())
-            error += inside.mean() * abs(score - share)
             bins.append({"from": edges[number].item(), "to": edges[number + 1].item(), "n": int(inside.sum())})
             bins[-1] |= {"score": score, "correct": share}
+    groups = sample_groups(pictures)
+
+    def expected_error(sums: dict) -> np.ndarray:
+        return sum(abs(sums[f"gap{number}"]) for number in range(CALIBRATION_BINS)) / sums["one"]
+
+    weights = picture_weights(groups, RESAMPLES)
+    errors = expected_error(resampled_sums(columns, groups, np.concatenate([np.ones_like(weights[:1]), weights])))
     order = np.argsort(-scores, kind="mergesort")
     last = np.append(np.diff(scores[order]) != 0, True)  # equal scores are kept or dropped together
     kept, hits = np.arange(1, len(order) + 1)[last], np.cumsum(right[order])[last]
     thin = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), DECISION_THRESHOLDS)).round().astype(int))
     return {
         "n": len(scores),
-        "ece": float(error),
+        "ece": float(errors[0]),
+        "ece_interval": centred_percentiles(errors),
         "mean_score": float(scores.mean()),
         "accuracy": float(right.mean()),
         "bins": bins,
@@ -882,11 +1076,16 @@ def bench_details(samples: list[dict], result: Result, options) -> dict:
 
     def mean(rows: list[dict]) -> dict:
         keys = (("acc@0.5", "hit"), ("acc@0.75", "hit@0.75"), ("miou", "value"))
-        return {"n": len(rows)} | {key: float(np.mean([row[column] for row in rows])) for key, column in keys}
+        means = {key: float(np.mean([row[column] for row in rows])) for key, column in keys}
+        return {"n": len(rows), **means, "interval of acc@0.5": share([row["hit"] for row in rows])}
+
+    def share(hits: list[float]) -> list[float]:
+        return share_interval(np.array(hits), np.ones(len(hits)), np.arange(len(hits)))
 
     breakdown = {"kind": {name: mean(rows) for name, rows in sorted(kinds.items())}}
     breakdown["side"] = {name: mean(sides[name]) for name, _, _ in BENCH_SIDES if sides[name]}
     breakdown["acc@0.9 of sides >= 16"] = float(np.mean(exact)) if exact else None
+    breakdown["its interval"] = share(exact) if exact else None
     pictures = len({sample["image_id"] for sample in samples})
     baselines = bench_baselines(pictures, options.seed, options.split)
     return {"breakdown": breakdown, "without a model, acc@0.5": baselines}
@@ -899,31 +1098,42 @@ def paired_differences(first: dict[str, dict], second: dict[str, dict], name: st
     """Two runs on the same samples by one metric.
 
     Args:
-        first, second: id -> {`image_id`, `columns`: {metric: {column: value}}}, with the same ids.
+        first, second: id -> {`image_id`, `width`, `height`, `columns`: {metric: {column: value}},
+            `pieces`: {metric: piece}}, with the same ids.
         name: the metric.
 
     Returns:
         `estimates`: key -> {`a`, `b`, `difference`, `interval`, `p`} (b less a; p: two-sided, of no difference),
         `n`, and where a sample is right or wrong `gained` and `lost`: ids that only b, only a has right.
     """
-    metric = METRICS[name]
-    ids = [one for one in first if name in first[one]["columns"] and name in second[one]["columns"]]
-    groups = sample_groups([first[one]["image_id"] for one in ids])
-    tables = [column_table([run[one]["columns"][name] for one in ids]) for run in (first, second)]
-    weights = picture_weights(groups, RESAMPLES)
-    sums = [resampled_sums(table, groups, weights) for table in tables]
+    metric, runs = METRICS[name], (first, second)
+    ids = [one for one in first if all(name in run[one]["columns"] or name in run[one]["pieces"] for run in runs)]
+    result, values = {"n": len(ids)}, {}  # values: key -> (of all samples, of each resample) of each run
+    if metric.columns:
+        groups = sample_groups([first[one]["image_id"] for one in ids])
+        tables = [column_table([run[one]["columns"][name] for one in ids]) for run in runs]
+        weights = picture_weights(groups, RESAMPLES)
+        sums = [resampled_sums(table, groups, weights) for table in tables]
+        wholes = [{column: numbers.sum() for column, numbers in table.items()} for table in tables]
+        for key, estimate in metric.estimates.items():
+            if all(set(estimate.columns) <= set(table) for table in tables):
+                values[key] = [(float(estimate(whole)), estimate(drawn)) for whole, drawn in zip(wholes, sums)]
+        if "hit" in tables[0]:
+            pairs = list(zip(ids, *(table["hit"] > 0 for table in tables), strict=True))
+            result["gained"] = [one for one, was, now in pairs if now and not was]
+            result["lost"] = [one for one, was, now in pairs if was and not now]
+    if metric.piece:
+        samples = [first[one] for one in ids]
+        found = [detection_estimates(samples, [run[one]["pieces"][name] for one in ids], AP_RESAMPLES) for run in runs]
+        for key, other in metric.detections.items():
+            if all(other in one for one in found):
+                values[key] = [(float(one[other][0]), one[other][1:]) for one in found]
     estimates = {}
-    for key, estimate in metric.estimates.items():
-        a, b = (float(estimate({column: values.sum() for column, values in table.items()})) for table in tables)
-        drawn = estimate(sums[1]) - estimate(sums[0])
+    for key, ((a, drawn_a), (b, drawn_b)) in values.items():
+        drawn = drawn_b - drawn_a
         drawn = drawn[np.isfinite(drawn)]
         if not math.isfinite(a) or not math.isfinite(b) or not len(drawn):
             continue
         p = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn)))
         estimates[key] = {"a": a, "b": b, "difference": b - a, "interval": percentiles(drawn), "p": float(p)}
-    result = {"n": len(ids), "estimates": estimates}
-    if "hit" in tables[0]:
-        pairs = list(zip(ids, *(table["hit"] > 0 for table in tables), strict=True))
-        result["gained"] = [one for one, was, now in pairs if now and not was]
-        result["lost"] = [one for one, was, now in pairs if was and not now]
-    return result
+    return result | {"estimates": estimates}

@@ -27,6 +27,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -34,6 +35,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -71,6 +73,8 @@ BENCHMARK_KEYS = {
     "note": None,
 }
 FIRST_TEST_SEED = 10**6
+SPLIT_NAMES = {"val": ("val", "valid", "validation")}  # as folders and files of one's own are named
+FILES_TO_LOOK_FOR = 20  # pictures of one's own labels, in each folder
 RUN_KEYS = (  # what makes two runs' predictions the same
     "model", "checkpoint_sha256", "benchmark", "split", "data", "images", "annotations", "seed", "prompt",
     "max_new_tokens", "dtype",
@@ -151,20 +155,24 @@ def choose_split(spec: dict, split: str | None, seed: int) -> str | None:
 def find_coco_files(data: Path, splits: list[str]) -> dict:
     """Arguments of the source `coco` for a folder that holds instances files and pictures in any usual arrangement.
 
-    The first of `splits` that a file is named after is taken; a file that is alone may have any name.
+    The first of `splits` that a file, or the folder it is in, is named after is taken; a file that is alone may have
+    any name.
 
     Raises:
         InputError: there is no such file, there are several, or the pictures are not there.
     """
-    files = [path for folder in (data / "annotations", data) for path in sorted(folder.glob("*.json*"))]
-    instances = [path for path in files if path.name.startswith("instances")] or files
+    pattern = re.compile(r"\.json(\.gz|\.xz|\.zip)?$")
+    files = [
+        path for depth in ("", "*/", "*/*/") for path in sorted(data.glob(f"{depth}*")) if pattern.search(path.name)
+    ]
+    instances = [path for path in files if path.name.startswith("instances")]
+    instances = instances or [path for path in files if len(files) == 1 or is_instances(path)]
     if not instances:
-        raise InputError(f"--data {data}: holds no COCO instances json, nor does its annotations/; give --annotations")
-    named = {path: split for split in reversed(splits) for path in instances
-             if re.search(rf"(^|[_.-]){re.escape(split)}(20\d\d)?\.json", path.name)}  # fmt: skip
+        raise InputError(f"--data {data}: holds no COCO instances json; give --annotations")
+    named = {path: split for split in reversed(splits) for path in instances if is_named_after(path, data, split)}
     found = min(named, key=lambda path: splits.index(named[path]), default=instances[0])
     if found not in named and len(instances) > 1:
-        names = ", ".join(path.name for path in instances)
+        names = ", ".join(str(path.relative_to(data)) for path in instances)
         raise InputError(f"--data {data}: choose one of {names} with --split or --annotations")
     return {
         "annotations": [str(found)],
@@ -173,18 +181,40 @@ def find_coco_files(data: Path, splits: list[str]) -> dict:
     }
 
 
-def find_coco_images(data: Path, instances: Path) -> str:
-    """The folder below `data` that the `file_name`s of an instances file are relative to."""
+def is_named_after(path: Path, data: Path, split: str) -> bool:
+    """Whether a file below `data`, or a folder on the way to it, has the name of a split."""
+    words = "|".join(map(re.escape, SPLIT_NAMES.get(split, (split,))))
+    places = path.relative_to(data).as_posix().split(".json")[0]
+    return bool(re.search(rf"(^|[/_.-])({words})(20\d\d)?($|/)", places))
+
+
+def is_instances(path: Path) -> bool:
+    """Whether a json file holds what COCO's instances files do."""
     try:
-        records = read_json(instances)["images"]
-        name = str(records[0]["file_name"])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        content = read_json(path)
+    except ValueError:  # some other json of the user's, which need not be sound
+        return False
+    keys = ("images", "annotations", "categories")
+    return isinstance(content, dict) and all(isinstance(content.get(key), list) for key in keys)
+
+
+def find_coco_images(data: Path, instances: Path) -> str:
+    """The folder below `data` that the `file_name`s of an instances file are relative to, nearest to the file first."""
+    try:
+        names = [str(record["file_name"]) for record in read_json(instances)["images"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{instances}: no COCO instances file with pictures: {error!r}") from error
-    folders = [data, *sorted(path for path in data.glob("*/") if path.is_dir()), *sorted(data.glob("*/*/"))]
-    for folder in folders:
-        if ".." not in Path(name).parts and (folder / name).is_file():
-            return str(folder)
-    raise InputError(f"--data {data}: the picture {name!r} of {instances.name} is nowhere in it; give --images DIR")
+    names = [name for name in names if ".." not in Path(name).parts][:FILES_TO_LOOK_FOR]
+    stem = instances.name.split(".json")[0].removeprefix("instances_")
+    below = [path for depth in ("*/", "*/*/") for path in sorted(data.glob(depth)) if path.is_dir()]
+    below.sort(key=lambda path: path.name != stem)
+    found = {folder: sum((folder / name).is_file() for name in names) for folder in [instances.parent, data, *below]}
+    best = max(found, key=found.get)
+    if not found[best]:
+        raise InputError(
+            f"--data {data}: of the pictures {names[:3]} .. of {instances.name} none is there; give --images"
+        )
+    return str(best)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -233,7 +263,7 @@ def read_samples(spec: dict, options: argparse.Namespace, problems: Problems) ->
     except InputError:
         raise
     except (ValueError, OSError) as error:
-        hint = "" if options.data else "; is --data DIR missing?"
+        hint = "" if options.data or spec["source"] == "scenes" else "; is --data DIR missing?"
         raise InputError(f"benchmark {spec['name']}, split {options.split!r}: {error}{hint}") from error
     if not samples:
         raise InputError(f"benchmark {spec['name']}, split {options.split!r}: there are no samples")
@@ -363,26 +393,33 @@ def answer_teacher_forced(model, processor, samples: list[dict], images: list[Im
     return [{**no_answer(""), "objects": result["objects"], "error": None} for result in results]
 
 
-def answer_batch(batch: list[dict], grey: bool, answer_some: Callable) -> list[dict]:
-    """One prediction per sample; what cannot be read, or the processor refuses, has an `error` instead."""
-    start, images, entries = time.perf_counter(), {}, {}
+def read_pictures(batch: list[dict], grey: bool) -> dict[str, Image.Image | str]:
+    """By id the sample's picture (grey: one of its size without content), or why it cannot be read."""
+    pictures = {}
     for sample in batch:
         try:
-            image = reporting.read_picture(sample)
-            images[sample["id"]] = Image.new("RGB", image.size, (128, 128, 128)) if grey else image
+            picture = reporting.read_picture(sample)
+            pictures[sample["id"]] = Image.new("RGB", picture.size, (128, 128, 128)) if grey else picture
         except BROKEN_IMAGE_ERRORS as error:
-            entries[sample["id"]] = no_answer(f"picture cannot be read: {error}")
-    asked = [sample for sample in batch if sample["id"] in images]
+            pictures[sample["id"]] = f"picture cannot be read: {error}"
+    return pictures
+
+
+def answer_batch(batch: list[dict], pictures: dict[str, Image.Image | str], answer_some: Callable) -> list[dict]:
+    """One prediction per sample; what cannot be read, or the processor refuses, has an `error` instead."""
+    start = time.perf_counter()
+    asked = [sample for sample in batch if not isinstance(pictures[sample["id"]], str)]
+    entries = {name: no_answer(picture) for name, picture in pictures.items() if isinstance(picture, str)}
     try:
         if asked:
-            found = answer_some(asked, [images[sample["id"]] for sample in asked])
+            found = answer_some(asked, [pictures[sample["id"]] for sample in asked])
             entries |= {sample["id"]: entry for sample, entry in zip(asked, found, strict=True)}
     except Refused as error:
         if len(asked) == 1:
             entries[asked[0]["id"]] = no_answer(f"refused by the processor: {error}")
         else:
             for sample in asked:
-                entries |= {sample["id"]: answer_batch([sample], grey, answer_some)[0]}
+                entries |= {sample["id"]: answer_batch([sample], pictures, answer_some)[0]}
     milliseconds = round(1000 * (time.perf_counter() - start) / len(batch), 3)
     heads = ({name: sample[name] for name in ("id", "image_id", "task", "prompt")} for sample in batch)
     return [{**head, **entries[head["id"]], "ms": milliseconds} for head in heads]
@@ -469,15 +506,20 @@ def predict_all(
     state.wait_for_everyone()
     done = {entry["id"] for entry in read_entries(folder / "predictions.jsonl")}
     todo = [sample for sample in samples if sample["id"] not in done][state.process_index :: state.num_processes]
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     scores, path = [], folder / PARTS.format(state.process_index)
     state.wait_for_everyone()  # nobody collects again before everybody has read
     with (
         path.open("a", encoding="utf-8") as file,
         tqdm(total=len(todo), unit="sample", desc=title, disable=not state.is_main_process) as progress,
+        ThreadPoolExecutor(1) as reader,
     ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            entries = answer_batch(batch, grey, answer_some)
+        ahead = [reader.submit(read_pictures, batch, grey) for batch in batches[:1]]
+        for index, batch in enumerate(batches):
+            pictures = ahead.pop().result()
+            # While the model answers, the next pictures are read.
+            ahead += [reader.submit(read_pictures, following, grey) for following in batches[index + 1 : index + 2]]
+            entries = answer_batch(batch, pictures, answer_some)
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
             file.flush()
             values = (running(sample, entry) for sample, entry in zip(batch, entries, strict=True))
@@ -491,23 +533,32 @@ def predict_all(
     return entries
 
 
-def given_predictions(path: Path, samples: list[dict]) -> dict[str, dict]:
-    """Predictions that somebody else made: json lines with `id`, and `text`, `objects` or both. Checked when scored."""
+def given_predictions(path: Path, samples: list[dict]) -> tuple[dict[str, dict], int]:
+    """Predictions that somebody else made: json lines with `id`, and `text`, `objects` or both. Checked when scored.
+
+    Returns:
+        The entries by id, and how many lines are about no sample.
+
+    Raises:
+        InputError: there is no such file, a line is no object with an id, an id occurs twice, or none is a sample's.
+    """
     if not path.is_file():
         raise InputError(f"--predictions {path}: there is no such file")
-    entries, known = {}, {sample["id"] for sample in samples}
+    entries, known, others = {}, {sample["id"] for sample in samples}, set()
     for number, entry in enumerate(read_entries(path), 1):
         name = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise InputError(f"{path}, line {number}: expected an object with a sample's id, got {str(entry)[:80]}")
-        if name in entries:
+        if name in entries or name in others:
             raise InputError(f"{path}, line {number}: the id {name!r} occurs twice")
         if name in known:
             entries[name] = {**entry, "ms": None}
+        else:
+            others.add(name)
     if not entries:
         example = ", ".join(sample["id"] for sample in samples[:3])
         raise InputError(f"--predictions {path}: none of its ids is a sample's, such as {example}")
-    return entries
+    return entries, len(others)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -554,7 +605,9 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
         if getattr(options, name) and not Path(getattr(options, name)).is_dir():
             raise InputError(f"--{name} {getattr(options, name)}: there is no such folder")
 
-    state = PartialState(cpu=str(options.device) == "cpu", timeout=LONGEST_WAIT)
+    # Without `cpu`, processes that torchrun starts where there is no accelerator would not know of each other.
+    on_cpu = str(options.device) == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
     problems = Problems()
     samples = read_samples(spec, options, problems)
     absent = scoring.metrics_without_reference(spec["metrics"], samples)
@@ -573,9 +626,10 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
 
     measured = {name: tasks for name, tasks in spec["metrics"].items() if name not in absent}
     scorer = scoring.Scorer(measured, options.threshold)
-    chosen = {"grey_picture": samples}
+    chosen, others = {"grey_picture": samples}, 0
     if options.predictions:
-        predicted = {"": given_predictions(Path(options.predictions), samples)}
+        entries, others = given_predictions(Path(options.predictions), samples)
+        predicted = {"": entries}
     else:
         model, processor = load(options.model, str(options.device or state.device), options.dtype)
 
@@ -607,6 +661,7 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
         "command": command,
         "split": options.split,
         "n": len(samples),
+        "predictions_without_sample": others,
         "pictures": len({sample["image_id"] for sample in samples}),
         "seed": options.seed,
         "prompt": run["prompt"],
@@ -681,6 +736,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         for name in ("batch_size", "max_new_tokens", "limit"):
             if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
                 parser.error(f"argument --{name}: {getattr(parsed, name)} is not a positive number")
+        if not math.isfinite(parsed.threshold):
+            parser.error(f"argument --threshold: {parsed.threshold} is not a finite number")
     return parsed
 
 

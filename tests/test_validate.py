@@ -244,7 +244,7 @@ def test_folders_of_ones_own_labels(tmp_path, data_dir):
 
     def make(folder: str, pictures: str, file: str) -> Path:
         root = tmp_path / folder
-        (root / pictures).mkdir(parents=True)
+        (root / pictures).mkdir(parents=True, exist_ok=True)
         (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(source, root / pictures / name)
         part = {key: value for key, value in instances.items() if key != "images"} | {"images": instances["images"][:1]}
@@ -258,14 +258,31 @@ def test_folders_of_ones_own_labels(tmp_path, data_dir):
         assert {sample["image_id"] for sample in samples} == {str(instances["images"][0]["id"])}
     shutil.copy(root / "annotations/instances_val.json", root / "annotations/instances_train.json")
     assert {one["split"] for one in samples_of("--benchmark", "coco", "--data", root)} == {"val"}
-    with pytest.raises(InputError, match="choose one of instances_train.json, instances_val.json"):
+    with pytest.raises(
+        InputError, match="choose one of annotations/instances_train.json, annotations/instances_val.json"
+    ):
         samples_of("--benchmark", "coco", "--data", root, "--split", "minival")
     assert samples_of("--benchmark", "coco", "--data", root, "--split", "train")
     (root / name).unlink()
-    with pytest.raises(InputError, match="give --images"):
+    with pytest.raises(InputError, match="none is there; give --images"):
         samples_of("--benchmark", "coco", "--data", root, "--split", "val")
+    (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="no COCO instances json"):
-        samples_of("--benchmark", "coco", "--data", tmp_path)
+        samples_of("--benchmark", "coco", "--data", tmp_path / "none")
+
+    # A folder per split with its labels among its pictures, beside other json files.
+    for split in ("train", "valid"):
+        root = make("c", split, f"{split}/_annotations.coco.json")
+    (root / "data.json").write_text("{not json")
+    (root / "valid" / "info.json").write_text("[]")
+    for given, split, folder in ((None, "val", "valid"), ("train", "train", "train")):
+        found = validate.find_coco_files(root, [given] if given else ["val", "test", "train"])
+        assert found == {
+            "annotations": [str(root / folder / "_annotations.coco.json")],
+            "images": str(root / folder),
+            "split": split,
+        }
+    assert samples_of("--benchmark", "coco", "--data", root)
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -331,6 +348,9 @@ def test_a_run_says_how_it_came_about(mini, eager_model_dir, tmp_path):
     for name in ("summary.md", "samples.jsonl", "worst.jpg", "random.jpg", "calibration.png"):
         assert (tmp_path / name).stat().st_size > 100, name
     assert "| box_accuracy | acc@0.5 |" in (tmp_path / "summary.md").read_text()
+    for module, values in summary["metrics"].items():
+        shares = {key for key, value in values.items() if isinstance(value, float)}
+        assert shares == set(summary["intervals"][module]), module
 
     (file,) = (tmp_path / ".eval_results").glob("*.yaml")
     entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
@@ -370,7 +390,7 @@ def test_pictures_that_cannot_be_answered_count_as_wrong(eager_model_dir, tmp_pa
     def how(batch, images):
         return validate.answer(model, processor, batch, images, 4)
 
-    entries = validate.answer_batch(samples, False, how)
+    entries = validate.answer_batch(samples, validate.read_pictures(samples, False), how)
     assert entries[0]["error"] is None
     assert entries[1]["error"].startswith("refused by the processor: ")
     assert entries[2]["error"].startswith("picture cannot be read: ")
@@ -397,11 +417,12 @@ def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_pict
     lines[5] = {"id": lines[5]["id"], "objects": [], "finished": False}
     del lines[6]
     lines.append({"id": "of something else"})
+    lines[6]["objects"][0]["score"] = "high"
     path = tmp_path / "some"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = run("--predictions", path, *mini, "--output", tmp_path / "b")
-    assert summary["n"] == 8 and summary["metrics"]["box_accuracy"]["acc@0.5"] == 2 / 8
-    assert summary["metrics"]["referring_iou"]["miou"] == 1 / 8
+    assert summary["n"] == 8 and summary["metrics"]["box_accuracy"]["acc@0.5"] == 1 / 8
+    assert summary["metrics"]["referring_iou"]["miou"] == 0 and summary["predictions_without_sample"] == 1
     assert summary["missing"] == {
         "no <vis> in the answer": 1,
         "answered that there is none": 1,
@@ -410,6 +431,7 @@ def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_pict
         "malformed mask: mask with broken RLE counts": 1,
         "cut off before any <vis>": 1,
         "no prediction": 1,
+        "malformed score: not a number": 1,
     }
     assert run("--predictions", tmp_path / "all", *mini, "--output", tmp_path / "c", "--threshold", 0.95)[
         "missing"
@@ -460,37 +482,40 @@ def noisy_set(seed: int, pictures: int = 12) -> tuple[list[dict], dict[str, dict
     return samples, entries
 
 
+def assert_sums_make_the_numbers(result: scoring.Result, name: str) -> None:
+    """The module's numbers come out of the summed columns, and each lies in its interval."""
+    table = scoring.column_table(list(result.columns[name].values()))
+    sums = {column: values.sum() for column, values in table.items()}
+    for key, estimate in scoring.METRICS[name].estimates.items():
+        value = result.metrics[name][key]
+        assert float(estimate(sums)) == pytest.approx(value, abs=1e-6), (name, key)
+        low, high = result.intervals[name][key]
+        assert low - 1e-9 <= value <= high + 1e-9 and low < high, (name, key)
+
+
 def test_sums_of_columns_make_the_modules_numbers():
     samples, entries = noisy_set(0)
     names = {"box_accuracy": None, "referring_iou": None, "generalized_referring": None, "generalized_boxes": None}
     result = scoring.Scorer(names).score(samples, entries)
     for name in names:
-        table = scoring.column_table(list(result.columns[name].values()))
-        sums = {column: values.sum() for column, values in table.items()}
-        for key, estimate in scoring.METRICS[name].estimates.items():
-            assert float(estimate(sums)) == pytest.approx(result.metrics[name][key], abs=1e-12), (name, key)
-            low, high = result.intervals[name][key]
-            assert low - 1e-9 <= result.metrics[name][key] <= high + 1e-9, (name, key)
+        assert_sums_make_the_numbers(result, name)
+    low, high = result.emission["interval"]
+    assert low < result.emission["rate"] < high
 
 
 @pytest.mark.slow  # METEOR is
-def test_sums_of_n_grams_make_bleu_and_a_caption_has_an_interval():
+def test_sums_of_words_make_bleu_and_meteor_and_a_caption_has_an_interval():
     words = "a red cup stands on the old wooden table beside two small green apples".split()
     samples, entries = [], {}
     for number in range(12):
         texts = [" ".join(words[number % 3 + i :]) for i in range(2)]
         answers = [{"content": text, "boxes": [], "masks": []} for text in texts]
         samples.append(made_sample(number, [], task="caption") | {"answers": answers})
-        text = " ".join(words[: 14 - number] if number % 2 else words[number % 5 :])
+        text = " ".join(words[: 14 - number] if number % 2 else words[number % 5 :]).replace("stands", "standing")
         entries[samples[-1]["id"]] = made_entry(samples[-1], []) | {"text": text}
-    result = scoring.Scorer({"caption_scores": None}).score(samples, entries)
-    table = scoring.column_table(list(result.columns["caption_scores"].values()))
-    sums = {column: values.sum() for column, values in table.items()}
-    for key, estimate in scoring.METRICS["caption_scores"].estimates.items():
-        value = result.metrics["caption_scores"][key]
-        assert float(estimate(sums)) == pytest.approx(value, abs=1e-6), key
-        low, high = result.intervals["caption_scores"][key]
-        assert low < value < high, key
+    result = scoring.Scorer({"caption_scores": None, "grounded_caption": None}).score(samples, entries)
+    assert_sums_make_the_numbers(result, "caption_scores")
+    assert result.intervals["grounded_caption"]["meteor"] == result.intervals["caption_scores"]["meteor"]
 
 
 def test_interval_of_a_share_is_wilsons_and_knows_that_samples_of_a_picture_are_alike():
@@ -517,43 +542,86 @@ def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():
     assert found == pytest.approx([values.mean() - half, values.mean() + half], abs=2e-3)
 
 
-def test_resampled_ap_is_pycocotools_ap():
-    samples, entries = noisy_set(1)
-    asked = [sample for sample in samples if sample["task"] != "refer"]
-    for index, sample in enumerate(asked):
-        sample["phrase"] = "cup" if index % 3 else "dog"
-        sample["answers"][0]["content"] = sample["answers"][0]["content"].replace("cup", sample["phrase"])
-    scorer = scoring.Scorer({"coco_detection": None})
-    predictions = [scorer.check(sample, entries[sample["id"]]) for sample in asked]
-    annotations, results = scoring.detection_tables(asked, predictions)
-    whole = scoring.metrics.load("coco_detection").compute(predictions=results, references=annotations)
-    pictures = len(annotations["images"])
-    truth = scoring.COCO()
-    truth.dataset = annotations
-    truth.createIndex()
-    found = truth.loadRes([dict(one) for one in results])
-    weights = np.ones((2, pictures), dtype=np.float32)
+def detection_set(seed: int) -> tuple[list[dict], dict[str, dict]]:
+    """Questions for two categories about pictures that hold objects of every size of COCO's, and rough answers."""
+    rng = np.random.default_rng(seed)
+    size, samples, entries = {"width": 400, "height": 300}, [], {}
+    for number in range(24):
+        boxes = []
+        for side in rng.choice([12, 20, 50, 80, 110, 150], rng.integers(0, 5)):
+            x, y = rng.integers(0, [400 - side, 300 - side])
+            boxes.append((x, y, x + side, y + side * 0.9))
+        category = ("cup", "dog")[number % 2]
+        sample = made_sample(number, [], task="detect" if boxes else "no_target", image_id=str(number // 2))
+        answer = {"content": "<vis>" * len(boxes) or f"There is no {category}."}
+        answer |= {"boxes": [list(map(float, box)) for box in boxes]}
+        samples.append(sample | size | {"phrase": category})
+        answer["masks"] = [scoring.rectangle_mask(samples[-1], box) for box in boxes]
+        samples[-1]["answers"] = [answer]
+        objects = []
+        for box in [*boxes, *boxes[: rng.integers(0, 2)]]:
+            if rng.random() < 0.85:
+                moved = (np.array(box) + rng.normal(0, 0.04, 4) * (box[2] - box[0])).tolist()
+                mask = scoring.rectangle_mask(samples[-1], moved)
+                objects.append({"box": moved, "mask": mask, "score": float(rng.random())})
+        entries[sample["id"]] = {"id": sample["id"], "text": "", "objects": objects}
+    return samples, entries
+
+
+def test_resampled_detection_is_pycocotools_on_pictures_that_occur_twice():
+    samples, entries = detection_set(1)
+    result = scoring.Scorer({"coco_detection": None}).score(samples, entries)
+    annotations, results = scoring.detection_tables(samples, list(result.pieces["coco_detection"].values()))
+    weights = np.ones((2, len(annotations["images"])), dtype=np.float32)
     weights[1, :3] = 2  # the first three pictures twice
+    again = {"images": list(annotations["images"]), "annotations": list(annotations["annotations"])}
+    more = list(results)
+    for number in (1, 2, 3):
+        again["images"].append({**annotations["images"][number - 1], "id": number + 100})
+        for part, target in ((annotations["annotations"], again["annotations"]), (results, more)):
+            for one in part:
+                if one["image_id"] == number:
+                    target.append({**one, "image_id": number + 100} | ({"id": len(target) + 1} if "id" in one else {}))
+    again["categories"] = annotations["categories"]
+    copies = scoring.metrics.load("coco_detection").compute(predictions=more, references=again)
     for kind in ("bbox", "segm"):
-        once, doubled = scoring.resampled_ap(truth, found, kind, weights)
-        assert once == pytest.approx(whole[f"{kind}_ap"], abs=1e-6)
-        again = {"images": list(annotations["images"]), "annotations": list(annotations["annotations"])}
-        more = list(results)
-        for number in (1, 2, 3):
-            again["images"].append({**annotations["images"][number - 1], "id": number + 100})
-            for part, target in ((annotations["annotations"], again["annotations"]), (results, more)):
-                for one in part:
-                    if one["image_id"] == number:
-                        target.append(
-                            {**one, "image_id": number + 100} | ({"id": len(target) + 1} if "id" in one else {})
-                        )
-        again["categories"] = annotations["categories"]
-        copies = scoring.metrics.load("coco_detection").compute(predictions=more, references=again)
-        assert doubled == pytest.approx(copies[f"{kind}_ap"], abs=1e-6)
-    intervals = scoring.detection_intervals(annotations, results)
-    assert set(intervals) == {f"{kind}_{name}" for kind in ("bbox", "segm") for name in ("ap", "ap50", "ap75")}
-    for key, (low, high) in intervals.items():
-        assert low <= whole[key] <= high and high - low > 0.05, key
+        for name, (once, doubled) in scoring.resampled_detection(annotations, results, kind, weights).items():
+            key = f"{kind}_{name}"
+            assert once == pytest.approx(result.metrics["coco_detection"][key], abs=1e-6), key
+            assert doubled == pytest.approx(copies[key], abs=1e-6), key
+            low, high = result.intervals["coco_detection"][key]
+            assert low <= once <= high and high - low > 0.05, key
+    assert set(result.intervals["coco_detection"]) == set(scoring.DETECTION_ESTIMATES)
+
+
+def test_an_interval_of_ap_holds_the_ap_though_that_of_drawn_samples_is_larger():
+    drawn = np.random.default_rng(0).normal(0.45, 0.01, 1000)
+    low, high = scoring.centred_percentiles(np.array([0.4, *drawn]))
+    assert (low, high) == pytest.approx((0.38, 0.42), abs=2e-3)
+    assert scoring.centred_percentiles(np.array([1.0, *drawn]))[1] == 1
+    assert scoring.centred_percentiles(np.array([np.nan, *drawn])) is None
+
+
+def test_ap_of_no_detection_at_all_has_an_interval():
+    samples, _ = detection_set(1)
+    result = scoring.Scorer({"coco_detection": None}).score(samples, {})
+    assert result.metrics["coco_detection"]["bbox_ap"] == 0
+    assert result.intervals["coco_detection"]["bbox_ap"] == result.intervals["coco_detection"]["segm_ar10"] == [0, 0]
+
+
+def test_sums_of_answers_make_popes_numbers():
+    answers = ["Yes.", "No.", "yes", "no, there is not", "Nothing", "NO.", "", "A dog. No cat.", "Yes", "I see none."]
+    samples, entries = [], {}
+    for number in range(60):
+        label = ("yes", "no", "no")[number % 3]
+        answer = [{"content": label.capitalize() + ".", "boxes": [], "masks": []}]
+        samples.append(made_sample(number, [], task="vqa", image_id=str(number // 4)) | {"answers": answer})
+        if number != 7:
+            entries[samples[-1]["id"]] = {"text": answers[number * 7 % 11 % 10]}
+    result = scoring.Scorer({"pope": None}).score(samples, entries)
+    assert_sums_make_the_numbers(result, "pope")
+    shares = {key for key, value in result.metrics["pope"].items() if isinstance(value, float)}
+    assert shares == set(result.intervals["pope"]) and len(shares) == 10
 
 
 @pytest.mark.slow  # METEOR is
@@ -576,6 +644,8 @@ def test_calibration_by_hand():
     found = scoring.Scorer({"box_accuracy": ["refer"]}).score(samples, entries).calibration
     # Bins 0.9-1: score .95, all right; 0.5-0.6: .55, half right; 0.2-0.3: .25, none right (there is no target).
     assert found["box"]["ece"] == pytest.approx(0.25 * 0.05 + 0.5 * 0.05 + 0.25 * 0.25)
+    low, high = found["box"]["ece_interval"]
+    assert 0 <= low < found["box"]["ece"] < high <= 1
     curve = found["box"]["precision_recall"]
     assert curve["threshold"] == [0.95, 0.55, 0.25]
     assert curve["precision"] == pytest.approx([1, 2 / 3, 2 / 4]) and curve["recall"] == pytest.approx(
@@ -646,27 +716,41 @@ def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
     assert validate.main(["--compare", a, b]) == 2
 
 
+def test_ap_is_compared_on_the_same_pictures(tmp_path):
+    samples, entries = detection_set(2)
+    runs = []
+    for seed, share in ((0, 0.6), (1, 1.0)):
+        rng = np.random.default_rng(seed)
+        kept = {
+            name: entry | {"objects": [one for one in entry["objects"] if rng.random() < share]}
+            for name, entry in entries.items()
+        }
+        result = scoring.Scorer({"coco_detection": None}).score(samples, kept)
+        rows = {one["id"]: one | {"columns": {}} for one in samples}
+        runs.append({name: row | {"pieces": {"coco_detection": result.pieces["coco_detection"][name]}}
+                     for name, row in rows.items()} | {"result": result})  # fmt: skip
+    results = [run.pop("result") for run in runs]
+    found = json.loads(json.dumps(scoring.paired_differences(*runs, "coco_detection")))["estimates"]
+    for key, row in found.items():
+        assert [row["a"], row["b"]] == pytest.approx([one.metrics["coco_detection"][key] for one in results]), key
+    assert found["bbox_ap"]["interval"][0] > 0 and found["bbox_ap"]["p"] < 0.05
+    assert set(found) == set(scoring.DETECTION_ESTIMATES)
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_numbers_as_one(mini, eager_model_dir, tmp_path):
-    command = [
-        "-m",
-        "perceptiongpt.validate",
-        "--model",
-        eager_model_dir,
-        "--device",
-        "cpu",
-        *mini,
-        "--batch_size",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_processes_give_the_same_numbers_as_one(launcher, mini, eager_model_dir, tmp_path):
+    command = ["-m", "perceptiongpt.validate", "--model", eager_model_dir, *mini, "--batch_size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     config = Path(__file__).parents[1] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    launch += ["--main_process_port", "0", *command]
-    for name, words in (("one", command), ("two", launch)):
+    launch += ["--main_process_port", "0"]
+    if launcher == "torchrun":
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, words in (("one", command), ("two", [*launch, *command])):
         words = [sys.executable, *words, "--output", str(tmp_path / name)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
