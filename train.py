@@ -191,6 +191,8 @@ def complete_recipe(given: dict) -> dict:
             name = source.get("source", "coco")
             if name not in RECIPE_SOURCES:
                 raise ValueError(f"data.{part}: source {name!r} is none of {', '.join(RECIPE_SOURCES)}")
+            if part == "train" and name == "scenes" and source.get("split", "train") != "train":
+                raise ValueError(f"data.train: scenes of the split {source['split']!r} are kept from training")
             own = ("root", "split") if name == "parquet" else (*COMMON_ARGUMENTS, *source_arguments(name))
             for key in source:
                 check(f"data.{part}.{key}", [f"data.{part}.{key}" for key in ("source", *own, *more)])

@@ -187,7 +187,7 @@ def safe_join(folder: str | Path, name: str) -> Path:
 
     Raises:
         ValueError: if the name is empty, too long, absolute, climbs out with `..`, or leads out of the folder by a
-            link.
+            link. (In the cache of `huggingface_hub` every file is a link to the `blobs` beside its snapshot.)
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{name!r} is not a file name")
@@ -198,7 +198,9 @@ def safe_join(folder: str | Path, name: str) -> Path:
         if flavour.is_absolute() or flavour.drive or flavour.root or ".." in flavour.parts:
             raise ValueError(f"file name {name!r} leaves the folder {folder}")
     path = Path(folder) / name
-    if not path.resolve().is_relative_to(_resolved(str(folder))):
+    inside = _resolved(str(folder))
+    blobs = [parent.parent / "blobs" for parent in (inside, *inside.parents) if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (inside, *blobs)):
         raise ValueError(f"file name {name!r} leaves the folder {folder} by a link")
     return path
 

@@ -219,7 +219,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
         safe_join(tmp_path, name)
 
 
-def test_links_out_of_the_folder_are_refused(tmp_path):
+def test_links_out_of_the_folder_are_refused_but_in_the_hubs_cache(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir(), outside.mkdir()
     (outside / "a.jpg").write_bytes(b"x")
@@ -228,6 +228,16 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="link"):
         safe_join(inside, "link.jpg")
     assert safe_join(tmp_path / "other", "b/c.jpg") == tmp_path / "other/b/c.jpg"  # a linked folder is the user's own
+
+    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/0123", tmp_path / "datasets--a--b/blobs"
+    (snapshot / "images").mkdir(parents=True), blobs.mkdir()
+    (blobs / "4567").write_bytes(b"x")
+    (snapshot / "images/a.jpg").symlink_to("../../../blobs/4567")
+    (snapshot / "images/b.jpg").symlink_to(outside / "a.jpg")
+    for folder, name in ((snapshot, "images/{}.jpg"), (snapshot / "images", "{}.jpg")):
+        assert safe_join(folder, name.format("a")).read_bytes() == b"x"
+        with pytest.raises(ValueError, match="link"):
+            safe_join(folder, name.format("b"))
 
 
 def test_coco_pictures_are_found_under_either_name(tmp_path):

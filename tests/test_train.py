@@ -440,6 +440,7 @@ def test_recipe_overrides_and_numbers(tmp_path):
         ("collator.box_jiter=0", "collator.box_jitter"),
         ("data.train.anotations=x", "data.train.annotations"),
         ("data.train.source=lviss", "none of coco"),
+        ("data.train={source: scenes, split: val}", "'val' are kept from training"),
         ("training.output_dir=x", "unknown key 'training.output_dir'"),
         ("adapter.mode=lore", "none of heads, lora, qlora, full"),
         ("model.vision=x", "vision together with text"),
@@ -467,6 +468,11 @@ def test_shipped_recipes_are_complete():
         ways = ["model.vision=a", "model.text=b"] if "heads" in path.name else ["model.checkpoint=a"]
         recipe = training.read_recipe(path, [*ways, "data.train.annotations=a", "data.train.images=b"])
         assert f"coco_{recipe['adapter']['mode']}.yaml" == path.name
+    recipe = training.read_recipe(folder / "scenes.yaml", ["model.checkpoint=a"])
+    assert [part["source"] for part in recipe["data"]["train"]["mixture"]] == ["scenes"]
+    mixture = "data.train.mixture=[{source: scenes, split: test, seed: 1000000}]"
+    with pytest.raises(ValueError, match="'test' are kept from training"):
+        training.read_recipe(folder / "scenes.yaml", ["model.checkpoint=a", mixture])
     for path in (folder / "accelerate").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["num_processes"] == 2
 
