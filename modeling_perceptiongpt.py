@@ -432,7 +432,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         slots = self.prepare_slots(boxes, masks, boxes_valid, masks_valid, boxes_read, masks_read, vis_mask)
         if slots is not None:
             values, read = slots["values"], slots["read"]
-            if boxes_noise is not None:
+            if boxes_noise is not None and boxes_noise.shape[1]:  # a batch without signals has one padded slot
                 values = {**values, "box": values["box"] + boxes_noise.to(values["box"])}
             embeddings = self.encode_signals(values, read).to(inputs_embeds.device, inputs_embeds.dtype)
             embeddings, replaced = self.align_slots(embeddings, read, vis_mask)

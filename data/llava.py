@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
 from perceptiongpt.data.coco import refer_expressions
@@ -82,7 +82,8 @@ def llava_rows(
         name = get(record, "image")
         coco_id = coco_image_id(name)
         columns = pictures.columns(name, size=stated_size(record), coco_id=None if coco_id is None else int(coco_id))
-        columns |= {"source": "llava", "image_id": coco_id or Path(name).stem, "split": split}
+        # With its folder: `vg/VG_100K/5.jpg` and `ocr_vqa/images/5.jpg` are different pictures.
+        columns |= {"source": "llava", "image_id": coco_id or str(PurePosixPath(name).with_suffix("")), "split": split}
         if "conversations" in record:
             conversations = get(record, "conversations", of=list)
             texts = [turn.get("value") for turn in conversations if isinstance(turn, dict)]

@@ -15,6 +15,7 @@ rows; so seeking is its `load_state_dict`, and the rows passed over are never re
 """
 
 import json
+import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -28,6 +29,7 @@ from pyarrow import parquet
 from torch.utils.data import get_worker_info
 
 from perceptiongpt.data.collator import picture_key
+from perceptiongpt.data.conversation import coco_image_id
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.reading import open_file, stream_json_array
 from perceptiongpt.data.refcoco_family import refcoco_family_eval_images
@@ -41,7 +43,8 @@ MIXTURE_DEFAULTS = {
     "mixture": None,
     "seed": 0,
     "leave_out": [],  # files or folders for `refcoco_family_eval_images`
-    "image_data": None,  # Visual Genome's image_data.json, to know its pictures by COCO's numbers
+    # Visual Genome's image_data.json, to know its pictures, which are in llava and viscot too, by COCO's numbers.
+    "image_data": None,
     "stopping_strategy": "all_exhausted_without_replacement",  # of `datasets.interleave_datasets`
     "token_budget": None,  # most tokens of a batch, padding included; None: `per_device_train_batch_size` rows
     "window": 512,  # rows among which those of like length, or of one picture, are put together
@@ -49,23 +52,11 @@ MIXTURE_DEFAULTS = {
 }
 PART_KEYS = ("weight", "per_epoch", "questions")  # the last: of `DrawnPart`
 PREPARE_KEYS = ("pictures", "num_proc", "on_error", "rows_per_shard")  # of `prepare`, for a source by name
-# Whose `image_id` is COCO's number.
-COCO_SOURCES = {
-    "coco",
-    "coco_captions",
-    "coco_panoptic",
-    "lvis",
-    "refer",
-    "shikra_rec",
-    "minigpt4_rec",
-    "grefcoco",
-    "refcocos",
-    "vqav2",
-    "okvqa",
-    "pope",
-    "llava",
-    "viscot",
-}
+# Whose `image_id`, where it is a number, is COCO's; and whose is unless the name of the picture's file is not COCO's.
+COCO_SOURCES = {"lvis", "refer", "minigpt4_rec", "grefcoco", "vqav2", "okvqa", "hub"}
+MOSTLY_COCO_SOURCES = {"coco", "coco_captions", "coco_panoptic", "shikra_rec", "refcocos", "pope", "llava", "viscot"}
+# Pictures of Visual Genome in LLaVA's and Visual-CoT's data, by Visual Genome's numbers (GQA, Visual7W: its pictures).
+VISUAL_GENOME_NAME = re.compile(r"(?:^|/)(?:VG_100K(?:_2)?/|gqa/(?:images/)?|v7w_)(\d+)$")
 CACHED_GROUPS = 2
 
 
@@ -77,7 +68,7 @@ class Part:
         files: its parquet files.
         weight: how often it is drawn, relative to the others.
         per_epoch: at most so many rows an epoch, or None.
-        is_left_out: says of a source and an `image_id` whether its rows are left out.
+        is_left_out: says of a source, an `image_id` and the paths of the pictures whether their rows are left out.
     """
 
     def __init__(
@@ -86,7 +77,7 @@ class Part:
         files: list[str],
         weight: float = 1.0,
         per_epoch: int | None = None,
-        is_left_out: Callable[[str, str], bool] | None = None,
+        is_left_out: Callable[[str, str, tuple[str | None, ...]], bool] | None = None,
     ):
         if not weight > 0 or (per_epoch is not None and per_epoch < 1):
             raise ValueError(f"{name}: weight {weight} and per_epoch {per_epoch} must be above 0")
@@ -100,9 +91,8 @@ class Part:
                 count = content.metadata.row_group(group).num_rows
                 kept = np.arange(count, dtype=np.int32)
                 if is_left_out is not None:
-                    columns = content.read_row_group(group, ["source", "image_id"], use_threads=False).to_pydict()
-                    keys = list(zip(columns["source"], columns["image_id"], strict=True))
-                    left_out = {key for key in set(keys) if is_left_out(*key)}
+                    keys = _pictures_of(content, group)
+                    left_out = {key for key in dict.fromkeys(keys) if is_left_out(*key)}
                     kept = kept[[key not in left_out for key in keys]] if left_out else kept
                     images |= left_out
                     self.left_out_rows += count - len(kept)
@@ -162,6 +152,16 @@ class Part:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": OrderedDict()}
+
+
+def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
+    """(source, `image_id`, paths of the pictures) of each row of a group; embedded pictures are not read."""
+    paths = [name for name in (column.path for column in content.schema) if re.fullmatch(r"image\..*\bpath", name)]
+    rows = content.read_row_group(group, ["source", "image_id", *paths], use_threads=False).to_pylist()
+    return [
+        (row["source"], row["image_id"], tuple(image["path"] if image else None for image in row_images(row)))
+        for row in rows
+    ]
 
 
 class DrawnPart:
@@ -421,7 +421,11 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
 
 
 class _LeftOut:
-    """Whether a picture is one of those whose COCO numbers are given."""
+    """Whether a row is about one of the pictures whose COCO numbers are given.
+
+    Numbers of other collections run over the same range, so a number counts only where the source or the name of the
+    picture's file says that it is COCO's.
+    """
 
     def __init__(self, coco_ids: set[str], image_data: str | Path | None):
         self.coco_ids, self.of_visual_genome = coco_ids, None
@@ -430,12 +434,20 @@ class _LeftOut:
                 found = [record for record in stream_json_array(stream) if str(record.get("coco_id")) in coco_ids]
             self.of_visual_genome = {str(record.get("image_id", record.get("id"))) for record in found}
 
-    def __call__(self, source: str, image_id: str) -> bool:
-        if source == "visual_genome":
+    def __call__(self, source: str, image_id: str, paths: tuple[str | None, ...] = ()) -> bool:
+        found = VISUAL_GENOME_NAME.search(image_id)
+        if source == "visual_genome" or found:
             if self.of_visual_genome is None:
-                raise ValueError("leave_out: Visual Genome's pictures are known by COCO's numbers from its image_data")
-            return image_id in self.of_visual_genome
-        return source in COCO_SOURCES and image_id in self.coco_ids
+                raise ValueError(
+                    f"leave_out: whether Visual Genome's picture {image_id!r} ({source}) is one of COCO's is known "
+                    "from image_data.json; name it as image_data"
+                )
+            return (found[1] if found else image_id) in self.of_visual_genome
+        names = [path for path in paths if path]
+        numbers = {coco_image_id(name) for name in names}
+        if source in COCO_SOURCES or (source in MOSTLY_COCO_SOURCES and not names):
+            numbers.add(image_id)
+        return not numbers.isdisjoint(self.coco_ids)
 
 
 def print_parts(parts: list[Part]) -> None:

@@ -17,6 +17,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import threading
@@ -39,6 +40,7 @@ from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, prepared_files
 
 ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
+UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
 CARD = """---
 configs:
 - config_name: default
@@ -86,6 +88,10 @@ def prepare(
     rows_per_shard = rows_per_shard or ROWS_PER_SHARD[pictures]
     if min(num_proc, rows_per_shard) < 1:
         raise ValueError(f"num_proc {num_proc} and rows_per_shard {rows_per_shard} must be at least 1")
+    if not re.fullmatch(r"\w[\w.+-]*", split):
+        raise ValueError(f"split {split!r} cannot be a file's name")
+    if arguments.get("limit") is not None and arguments["limit"] < 1:
+        raise ValueError(f"limit {arguments['limit']} must be at least 1")
     if pictures == "none":
         arguments["images"] = False
     arguments = {name: value for name, value in {"split": split, **arguments}.items() if value is not None}
@@ -95,14 +101,17 @@ def prepare(
     output = Path(output)
     work = output / f".{split}"
     done = read_summary(output).get(split)
-    if done is None and not work.exists() and any(output.glob(f"{split}-*-of-*.parquet")):
+    if done is None and not work.exists() and any(output.glob(f"{split}-[0-9]*-of-*.parquet")):
         raise ValueError(f"{output}: holds files of the split {split!r} that summary.json does not know")
-    check_settings(output, split, settings, done["settings"] if done else read_json_file(work / "settings.json"))
+    check_settings(output, split, settings, done["settings"] if done else _settings_of_work(work, settings))
     if done is None:
         done = read_json_file(work / "summary.json")  # it was stopped between the last shard and the end
         if done is None:
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(work / "settings.json", settings)
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+                write_json(work / "settings.json", settings)
+            except OSError as error:
+                raise ValueError(f"{output}: cannot be written to: {error}") from error
             done = _make_shards(source, arguments, work, pictures, num_proc, on_error, rows_per_shard, progress)
             done = {"settings": settings, **done}
             write_json(work / "summary.json", done)
@@ -116,6 +125,18 @@ def prepare(
     if work.exists():
         shutil.rmtree(work)
     return done
+
+
+def _settings_of_work(work: Path, settings: dict) -> dict | None:
+    """The settings to which unfinished work binds those who go on with it; None if to none.
+
+    Nothing was finished where the command was wrong from the start. And whoever was stopped by a bad record may go on
+    without it: in the shards before it there was none.
+    """
+    before = read_json_file(work / "settings.json")
+    if before is None or not any(work.glob("[0-9]*.json")):
+        return None
+    return {**before, "on_error": settings["on_error"]} if before["on_error"] == "raise" else before
 
 
 def read_summary(output: str | Path) -> dict:
@@ -327,7 +348,9 @@ def check_settings(output: Path, split: str, settings: dict, before: dict | None
 
 
 def dataset_card(summary: dict) -> str:
-    files = "\n".join(f'  - split: {split}\n    path: "{split}-*.parquet"' for split in summary)
+    # `datasets` wants names without a hyphen; and `test-*` would be `test-dev`, too.
+    names = {split: re.sub(r"[^\w.]", "_", split) for split in summary}
+    files = "\n".join(f'  - split: {name}\n    path: "{split}-[0-9]*.parquet"' for split, name in names.items())
     return CARD.format(
         files=files, sources=", ".join(sorted({part["settings"]["source"] for part in summary.values()}))
     )
@@ -393,7 +416,8 @@ def draw_row(row: dict):
 
     stored = row_images(row)[0]
     if stored is None:
-        image = Image.new("RGB", (row["width"], row["height"]), "#B0B0B0")
+        size = (row["width"], row["height"]) if row["width"] else UNKNOWN_SIZE
+        image = Image.new("RGB", size, "#B0B0B0")
     else:
         image = ImageFeature(mode="RGB").decode_example(stored) if isinstance(stored, dict) else stored
     lines, number = [], 0

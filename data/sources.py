@@ -114,7 +114,9 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
 
 def prepared_files(root: str | Path, split: str = "train") -> list[str]:
     """The shards of one split of a prepared folder, in order; `ValueError` if there are none or some are missing."""
-    files = sorted(str(path) for path in Path(root).glob(f"{split}-*.parquet"))
+    patterns = (f"{split}-[0-9]*.parquet", f"{split}-*.parquet")  # `test-*` alone would be `test-dev`, too
+    found = next(filter(None, (list(Path(root).glob(pattern)) for pattern in patterns)), [])
+    files = sorted(map(str, found))
     if not files:
         raise ValueError(f"{root}: holds no {split}-*.parquet; make them with python -m perceptiongpt.data.prepare")
     expected = [f"{split}-{index:05d}-of-{len(files):05d}.parquet" for index in range(len(files))]

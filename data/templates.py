@@ -1,11 +1,20 @@
 """Prompts and forms of answers of every task, from `templates.yaml` beside this file."""
 
+import re
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import yaml
+
+
+QUESTION_TASKS = ("vqa", "region_vqa", "grounded_vqa", "reasoning")  # where a phrase is a sentence
+ASKS = re.compile(
+    r"(((at|by|for|from|in|of|on|to|with) )?(how|what|when|where|which|who|whom|whose|why)|are|can|could|did|do|does|"
+    r"had|has|have|is|may|might|should|was|were|will|would)\b",
+    re.IGNORECASE,
+)
 
 
 @cache
@@ -17,7 +26,7 @@ def load_templates() -> dict[str, dict]:
 
 def render_prompt(task: str, phrase: str = "", generator: np.random.Generator | None = None) -> str:
     """A prompt of `task` about `phrase`: drawn with `generator`, or the evaluation prompt without one."""
-    return _fill(_draw_prompt(task, generator), phrase=phrase)
+    return _fill(task, _draw_prompt(task, generator), phrase)
 
 
 def render_turn(
@@ -38,7 +47,7 @@ def render_turn(
     forms = load_templates()[task].get("answers", ["{answer}"])
     is_evaluation = template == load_templates()[task]["evaluation"]
     form = forms[0] if is_evaluation else forms[generator.integers(len(forms))]
-    return _fill(template, phrase=phrase), form.format(answer=answer, evidence=evidence)
+    return _fill(task, template, phrase), form.format(answer=answer, evidence=evidence)
 
 
 def _draw_prompt(task: str, generator: np.random.Generator | None) -> str:
@@ -49,7 +58,11 @@ def _draw_prompt(task: str, generator: np.random.Generator | None) -> str:
     return templates[task]["evaluation"] if generator is None else prompts[generator.integers(len(prompts))]
 
 
-def _fill(template: str, phrase: str) -> str:
+def _fill(task: str, template: str, phrase: str) -> str:
+    if task in QUESTION_TASKS and phrase:
+        phrase = phrase[0].upper() + phrase[1:]
+        if phrase.rstrip("\"')")[-1:] not in (".", "?", "!"):
+            phrase += "?" if ASKS.match(phrase) else "."
     prompt = template.format(phrase=phrase)
     return prompt[0].upper() + prompt[1:]
 

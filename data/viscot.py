@@ -10,7 +10,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
@@ -52,8 +52,8 @@ def viscot_rows(
     box as evidence (`grounded_vqa`), about the box (`region_vqa`) and without it (`vqa`).
 
     Args:
-        root: folder with `metadata/*<split>*.jsonl`, else `viscot_363k.json`, else json lines; pictures in `cot` or
-            `images`.
+        root: folder with `metadata/*<split>*.jsonl`, else `viscot_363k.json`, else json lines; pictures in
+            `cot/<dataset>`, `cot_image_data/<dataset>` or `images`.
         split: picks the metadata files, and is what the column `split` says.
         annotations: the files, if they are elsewhere.
         images: the folder that the records' paths are relative to; False: rows without pictures.
@@ -68,16 +68,19 @@ def viscot_rows(
     files = list(annotations or next(filter(None, (sorted(root.glob(pattern)) for pattern in usual)), ()))
     if not files:
         raise ValueError(f"{root}: there is no metadata/*{split}*.jsonl and no viscot_363k.json")
-    pictures = Pictures(images, root, root / "images", root / "cot", root / "cot_images")
+    pictures = Pictures(images, root, root / "images", root / "cot_image_data", root / "cot_images")
     draw = Draw("viscot", seed, evaluation)
 
     def make(record) -> Iterator[dict]:
         name, question, answer, boxes = _read(record)
-        names = [f"cot/{record['dataset']}/{name}", f"{record['dataset']}/{name}"] if "dataset" in record else []
+        path = PurePosixPath(name.removeprefix("cot/"))  # with its folder: its data sets number alike
+        if len(path.parts) == 1 and "dataset" in record:
+            path = get(record, "dataset") / path
         coco_id = coco_image_id(name)
-        size = stated_size(record)
-        columns = pictures.columns(*names, name, size=size, coco_id=None if coco_id is None else int(coco_id))
-        columns |= {"source": "viscot", "image_id": coco_id or Path(name).stem, "split": split}
+        columns = pictures.columns(
+            f"cot/{path}", str(path), size=stated_size(record), coco_id=None if coco_id is None else int(coco_id)
+        )
+        columns |= {"source": "viscot", "image_id": coco_id or str(path.with_suffix("")), "split": split}
         slots = [(check_box(box, known_size(columns), f"box {i}"), None) for i, box in enumerate(boxes)]
         marks = VIS_TOKEN * len(slots)
         for task, content, evidence in (

@@ -104,7 +104,7 @@ def _vqa_rows(
     answers = {}
 
     def read(annotation) -> list:
-        given = [get(answer, "answer") for answer in annotation.get("answers", [])]
+        given = [get(answer, "answer") for answer in annotation.get("answers", [])] if evaluation else []
         answers[get(annotation, "question_id", of=(int, str))] = most_given_answer(annotation), given
         return []
 

@@ -52,6 +52,17 @@ def test_shapes_and_dtypes(tiny, rows):
     assert nothing["boxes"].shape == (1, 0, 4) and nothing["masks"].shape == (1, 0, size, size)
 
 
+@pytest.mark.parametrize("pack", [None, 2])
+def test_a_batch_without_a_signal_can_be_trained_on(make_tiny_model, rows, pack):
+    """Questions, captions and dialogues alone; every signal module still takes part."""
+    model, processor = make_tiny_model()
+    batch = PerceptionCollator(processor, model.config, pack=pack)(rows[4::5])
+    assert batch["boxes"].shape[1] == batch["boxes_noise"].shape[1] == 0
+    model.train()(**batch).loss.backward()
+    modules = (model.model.box_encoder, model.model.box_decoder, model.model.mask_encoder, model.model.mask_decoder)
+    assert all(parameter.grad is not None for module in modules for parameter in module.parameters())
+
+
 def test_labels_are_the_answers_alone(tiny, rows):
     _, processor = tiny
     batch = PerceptionCollator(processor)(rows[:5])

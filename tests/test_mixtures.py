@@ -1,7 +1,15 @@
-"""data/mixtures.py: what an epoch holds, its shares, exact resuming, token budgets, what is left out, training."""
+"""data/mixtures.py: what an epoch holds, its shares, exact resuming, token budgets, what is left out, training.
+
+`python tests/test_mixtures.py FOLDER STEP` is one process of the two-process test.
+"""
 
 import json
-from collections import Counter
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +26,7 @@ from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.collator import PerceptionCollator
 from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Part, load_parts
 from perceptiongpt.data.prepare import prepare
+from perceptiongpt.data.schema import TASKS
 from perceptiongpt.data.sources import prepared_files
 
 
@@ -197,6 +206,19 @@ def test_scenes_are_drawn_on_the_fly(tmp_path):
 # ---- with real fragments ---------------------------------------------------------------------------------------------
 
 
+def conversation_about(name: str) -> dict:
+    said = ["<image>\nWhat is shown?", "A scene outdoors.", "Is it day?", "Yes."]
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
+    return {"id": Path(name).stem, "image": name, "conversations": turns}
+
+
+def viscot_record(path: Path, box: list[int]) -> dict:
+    with Image.open(path) as image:
+        width, height = image.size
+    record = {"question": "What is seen here?", "answer": "A person.", "image": path.name, "bboxs": [box]}
+    return record | {"width": width, "height": height, "dataset": "flickr30k", "split": "train"}
+
+
 @pytest.fixture(scope="module")
 def real(data_dir, tmp_path_factory):
     """Parts of a recipe over real fragments, every task among them, and the folder they are cached in."""
@@ -207,15 +229,25 @@ def real(data_dir, tmp_path_factory):
         points = [point for shape in json.loads(file.read_bytes())["shapes"] for point in shape["points"]]
         size = [int(max(point[axis] for point in points)) + 2 for axis in (0, 1)]
         Image.new("RGB", size, "grey").save(root / "reasonseg/train" / f"{file.stem}.jpg")
+    # Of these two only questions without answers are at hand: records of their forms about photos that are.
+    (root / "llava.json").write_text(json.dumps([conversation_about(f"{number:012d}.jpg") for number in (25, 71, 154)]))
+    (root / "viscot/metadata").mkdir(parents=True)
+    records = []
+    for photo in sorted((data_dir / "flickr30k_entities/flickr30k-images").glob("*.jpg"))[:4]:
+        marks = (data_dir / f"flickr30k_entities/Annotations/{photo.stem}.xml").read_text()
+        box = [int(re.search(rf"<{side}>(\d+)<", marks)[1]) for side in ("xmin", "ymin", "xmax", "ymax")]
+        records.append(viscot_record(photo, box))
+    (root / "viscot/metadata/flickr30k_cot_train.jsonl").write_text("\n".join(map(json.dumps, records)))
     photos, coco = data_dir / "coco128/train2017", data_dir / "tiny_coco"
     vqa = [str(data_dir / f"vqav2/in_stock_{name}.json") for name in ("questions", "annotations")]
     panoptic = data_dir / "coco_val2017_subset"
     flickr = data_dir / "flickr30k_entities"
     refs = str(data_dir / "refcoco_mini/refs_joined.json")
     mixture = [
-        {"source": "coco", "root": str(coco), "limit": 10, "tasks": ["refer", "detect", "no_target", "box_to_mask"]},
+        {"source": "coco", "root": str(coco), "limit": 10, "tasks": ["refer", "detect", "no_target", "box_to_mask"]}
+        | {"per_epoch": 60},
         {"source": "coco_captions", "root": str(coco), "limit": 10, "per_epoch": 20, "weight": 0.5},
-        {"source": "coco_panoptic", "root": str(panoptic), "split": "val", "limit": 4},
+        {"source": "coco_panoptic", "root": str(panoptic), "split": "val", "limit": 4, "per_epoch": 40},
         {
             "source": "refer",
             "root": str(Path(refs).parent),
@@ -225,9 +257,11 @@ def real(data_dir, tmp_path_factory):
         },
         {"source": "vqav2", "root": str(data_dir / "vqav2"), "annotations": vqa, "images": str(photos)},
         {"source": "flickr30k_entities", "root": str(flickr), "images": str(flickr / "flickr30k-images")}
-        | {"split": "val", "on_error": "skip"},
+        | {"split": "val", "on_error": "skip", "per_epoch": 60},
         {"source": "reasonseg", "root": str(root / "reasonseg")},
-        {"source": "scenes", "per_epoch": 40, "weight": 2, "size": 64},
+        {"source": "llava", "root": str(root), "annotations": [str(root / "llava.json")], "images": str(photos)},
+        {"source": "viscot", "root": str(root / "viscot"), "images": str(flickr / "flickr30k-images")},
+        {"source": "scenes", "per_epoch": 20, "size": 64},
     ]
     return root, mixture, refs
 
@@ -246,17 +280,50 @@ def test_pictures_of_refcoco_evaluation_are_left_out_and_counted(real, data_dir,
     assert f"{expected}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no rows to train on; 4 were left out"):
         load_parts({**settings, "mixture": [mixture[3]]}, root / "cache")
-    left_out = mixtures._LeftOut({"154"}, None)
-    assert left_out("coco", "154") and not left_out("flickr30k_entities", "154")
-    with pytest.raises(ValueError, match="image_data"):
-        left_out("visual_genome", "1")
 
 
-def test_visual_genome_pictures_are_left_out_by_coco_numbers(tmp_path):
-    records = [{"image_id": 1, "coco_id": 154}, {"image_id": 2, "coco_id": None}, {"image_id": 154, "coco_id": 7}]
-    (tmp_path / "image_data.json").write_text(json.dumps(records))
+@pytest.mark.parametrize("pictures", ["path", "embed"])
+def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
+    """Visual Genome, Flickr30k and others number theirs alike; LLaVA and Visual-CoT hold pictures of all of them."""
+    coco = "000000000154.jpg"
+    names = [f"coco/train2017/{coco}", "gqa/images/154.jpg", "vg/VG_100K_2/9.jpg", "ocr_vqa/images/154.jpg", "154.jpg"]
+    names += ["flickr30k/154.jpg", "v7w/v7w_9.jpg", f"vsr/{coco}"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    (tmp_path / "llava.json").write_text(json.dumps([conversation_about(name) for name in names[:5]]))
+    records = [
+        viscot_record(tmp_path / name, [1, 2, 20, 20]) | {"dataset": name.split("/")[0]}
+        for name in (*names[5:], "gqa/images/154.jpg")
+    ]
+    (tmp_path / "viscot.jsonl").write_text("\n".join(map(json.dumps, records)))
+    numbers = {"images": [{"id": 154, "file_name": "mine.jpg", "width": 40, "height": 30}], "annotations": []}
+    numbers |= {"categories": [{"id": 1, "name": "cup"}]}
+    box = {"id": 1, "image_id": 154, "category_id": 1, "iscrowd": 0, "bbox": [1, 2, 9, 9]}
+    numbers["annotations"] = [box | {"segmentation": [[1, 2, 10, 2, 10, 11, 1, 11]], "area": 81}]
+    Image.new("RGB", (40, 30)).save(tmp_path / "mine.jpg")
+    (tmp_path / "own.json").write_text(json.dumps(numbers))
+    genome = [{"image_id": 9, "coco_id": 154}, {"image_id": 154, "coco_id": None}]
+    (tmp_path / "image_data.json").write_text(json.dumps(genome))
     left_out = mixtures._LeftOut({"154"}, tmp_path / "image_data.json")
-    assert [left_out("visual_genome", image_id) for image_id in ("1", "2", "154")] == [True, False, False]
+
+    kept = {}
+    for source, file in (("llava", "llava.json"), ("viscot", "viscot.jsonl"), ("coco", "own.json")):
+        output = tmp_path / f"{source}-out"
+        prepare(source, output, root=str(tmp_path), annotations=[tmp_path / file], images=tmp_path, pictures=pictures)
+        part = Part(source, prepared_files(output), is_left_out=left_out)
+        kept[source] = {part.read(*where)["image_id"] for where in zip(*part.epoch(0, 0, False), strict=True)}
+        assert part.left_out_images == (0 if source == "coco" else 2)
+        if source != "coco":
+            with pytest.raises(ValueError, match="name it as image_data"):
+                Part(source, prepared_files(output), is_left_out=mixtures._LeftOut({"154"}, None))
+    assert kept["llava"] == {"gqa/images/154", "ocr_vqa/images/154", "154"}
+    assert kept["viscot"] == {"flickr30k/154", "gqa/154"} and kept["coco"] == {"154"}
+    # Rows without a stored name (made elsewhere, or with --no_images) go by what their source numbers.
+    assert left_out("coco", "154") and left_out("vqav2", "154") and left_out("hub", "154", ("picture-0.png",))
+    assert left_out("mine", "7", (f"photos/COCO_train2014_{coco}",)) and not left_out("mine", "154", ("154.jpg",))
+    assert not left_out("flickr30k_entities", "154")
+    assert [left_out("visual_genome", number) for number in ("9", "8", "154")] == [True, False, False]
 
 
 def recipe_of(folder: str, real, **data) -> dict:
@@ -299,15 +366,21 @@ def run(recipe: dict, output: Path, resume: bool = False, stop_at: int | None = 
 def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, real, tmp_path, capsys):
     recipe = recipe_of(tiny_model_dir, real, token_budget=1600, window=64)
     parts = load_parts(recipe["data"]["train"], real[0] / "cache")
-    tasks, sources = Counter(), set()
+    sources = defaultdict(set)
     for part in parts:
         for where in zip(*part.epoch(0, 0, False), strict=True):
             row = part.read(*where)
-            tasks[row["task"]] += 1
-            sources.add(row["source"])
-    assert set(tasks) == set(mixtures_tasks()) and len(sources) >= 5
-    whole, weights = run(recipe, tmp_path / "whole")
-    assert sorted(whole) == list(range(6))
+            sources[row["source"]].add(row["task"])
+    assert len(sources.keys() - {"scenes"}) >= 5
+    assert set.union(*(tasks for source, tasks in sources.items() if source != "scenes")) == set(TASKS)
+    trained = Counter()
+    encode = PerceptionCollator._encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            PerceptionCollator, "_encode", lambda self, row: trained.update([row["task"]]) or encode(self, row)
+        )
+        whole, weights = run(recipe, tmp_path / "whole")
+    assert sorted(whole) == list(range(6)) and set(trained) == set(TASKS)
     assert "left out" in capsys.readouterr().out
     first, _ = run(recipe, tmp_path / "cut", stop_at=5)
     second, resumed = run(recipe, tmp_path / "cut", resume=True)
@@ -316,10 +389,70 @@ def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, re
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
-def mixtures_tasks():
-    from perceptiongpt.data.schema import TASKS
+@pytest.mark.slow
+def test_two_processes_draw_an_epoch_once_and_go_on_where_they_were_stopped(tiny_model_dir, real, tmp_path):
+    """`train.py` itself in two processes, stopped behind a checkpoint and resumed."""
+    root, mixture, _ = real
+    caps = {"coco": 12, "coco_captions": 9, "vqav2": 28, "llava": 3, "viscot": 10, "scenes": 13}
+    chosen = [{**part, "per_epoch": caps[part["source"]]} for part in mixture if part["source"] in caps]
+    recipe = recipe_of(tiny_model_dir, (root, chosen, None))
+    recipe["training"] |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 7, "save_steps": 3}
+    recipe["training"]["ddp_backend"] = "gloo"
+    parts = load_parts(recipe["data"]["train"], root / "cache")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    for stop_at in ("4", "none"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        workers = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(tmp_path), stop_at],
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        for worker in workers:
+            printed, _ = worker.communicate(timeout=300)
+            assert worker.returncode == (0 if stop_at == "none" else 3), printed[-4000:]
+    seen = []
+    for rank in range(2):
+        before, after = (
+            json.loads((tmp_path / f"rows_{rank}_{stop_at}.json").read_text()) for stop_at in ("4", "none")
+        )
+        assert len(before) == 5 and len(after) == 3
+        stream = Mixture(parts, batch_size=7, process=rank, processes=2)
+        expected = [[list(name) for name in names_of(batch)] for batch in islice(stream, 6)]
+        assert before == expected[:5] and after == expected[3:]
+        seen += [tuple(name) for batch in expected for name in batch if name[0] == 0]
+    epoch = [(0, *name_of(part.read(*where))) for part in parts for where in zip(*part.epoch(0, 0, False), strict=True)]
+    assert len(parts) >= 6 and Counter(seen) == Counter(epoch) and len(epoch) == sum(caps.values())
 
-    return TASKS
+
+def train_in_one_process(folder: Path, stop_at: str) -> None:
+    """What each of the two processes does: train, noting the rows of every batch, or end without a word at a step."""
+    rows, collate = [], PerceptionCollator.__call__
+
+    def noting(self, batch):
+        rows.append([(row["epoch"], *name_of(row)) for row in batch])
+        return collate(self, batch)
+
+    class Stopped(training.PerceptionTrainer):
+        def training_step(self, *args, **kwargs):
+            if str(self.state.global_step) == stop_at:
+                note()
+                os._exit(3)
+            return super().training_step(*args, **kwargs)
+
+    def note() -> None:
+        (folder / f"rows_{os.environ['RANK']}_{stop_at}.json").write_text(json.dumps(rows))
+
+    PerceptionCollator.__call__, training.PerceptionTrainer = noting, Stopped
+    training.train(json.loads((folder / "recipe.json").read_text()), folder / "run", resume=stop_at == "none")
+    note()
 
 
 @pytest.mark.parametrize(
@@ -390,3 +523,7 @@ def test_collator_in_the_sft_trainer_of_trl(tiny_model, tmp_path, all_losses):
     moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert "language_model" in moved
     assert {"box_decoder", "mask_decoder"} <= moved if all_losses else not {"box_decoder", "mask_decoder"} & moved
+
+
+if __name__ == "__main__":
+    train_in_one_process(Path(sys.argv[1]), sys.argv[2])

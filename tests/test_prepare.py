@@ -129,6 +129,42 @@ def test_finished_shards_are_kept_unless_the_source_changed(source, tmp_path, mo
         prepare("drawn", tmp_path / "out", rows_per_shard=7)
 
 
+def test_a_command_that_was_wrong_binds_nobody(source, tmp_path):
+    """Until a shard is finished other settings are taken; and a bad record may be skipped with what is finished."""
+    source[10] = {**source[10], "boxes": [[0, 0, 10**6, 9]]}
+    with pytest.raises(ValueError, match="row 10 .*outside"):
+        prepare("drawn", tmp_path / "out", rows_per_shard=20)
+    with pytest.raises(ValueError, match="row 10 .*outside"):
+        prepare("drawn", tmp_path / "out", rows_per_shard=4)
+    with pytest.raises(ValueError, match="rows_per_shard=4 .now 6"):
+        prepare("drawn", tmp_path / "out", rows_per_shard=6)
+    with pytest.raises(ValueError, match="pictures='path' .now 'embed'"):
+        prepare("drawn", tmp_path / "out", rows_per_shard=4, on_error="skip", pictures="embed")
+    prepare("drawn", tmp_path / "out", rows_per_shard=4, on_error="skip")
+    prepare("drawn", tmp_path / "fresh", rows_per_shard=4, on_error="skip")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert read_summary(tmp_path / "out")["train"]["rows"] == 19
+    with pytest.raises(ValueError, match="on_error='skip' .now 'raise'"):
+        prepare("drawn", tmp_path / "out", rows_per_shard=4)
+
+
+def test_names_of_splits(source, tmp_path):
+    for split, rows_per_shard in (("test-dev", 6), ("test", 20)):
+        prepare("drawn", tmp_path / "out", split=split, rows_per_shard=rows_per_shard, pictures="embed")
+    assert [len(prepared_files(tmp_path / "out", split)) for split in ("test", "test-dev")] == [1, 4]
+    data = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(rows) for name, rows in data.items()} == {"test": 20, "test_dev": 20}
+    for split in ("../x", "a/b", "", ".x"):
+        with pytest.raises(ValueError, match="cannot be a file's name"):
+            prepare("drawn", tmp_path / "new", split=split)
+    with pytest.raises(ValueError, match="limit 0 must be at least 1"):
+        prepare("drawn", tmp_path / "new", limit=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        prepare("drawn", tmp_path / "file/out")
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_records_raise_or_are_counted_and_listed(source, tmp_path):
     source[3] = None
     source[8] = {**source[8], "boxes": source[8]["boxes"][:1]}
@@ -156,7 +192,10 @@ def test_rows_without_pictures(source, tmp_path):
     summary = prepare("drawn", tmp_path / "out", pictures="none")
     assert summary["rows"] == 20
     assert load_source("parquet", root=tmp_path / "out")[0]["image"] is None
-    assert preparing.draw_row(preparing.preview_rows(tmp_path / "out", "train", 1)[0]).width >= 400
+    (row,) = preparing.preview_rows(tmp_path / "out", "train", 1)
+    assert preparing.draw_row(row).width >= 400
+    no_size = row | {"messages": row["messages"][:1], "boxes": [], "masks": [], "width": 0, "height": 0}
+    assert preparing.draw_row(no_size).width >= 400
 
 
 @pytest.mark.slow

@@ -51,6 +51,39 @@ def test_rendering():
         render_prompt("dialogue")
 
 
+@pytest.mark.parametrize("task", ["refer", "detect"])
+def test_prompts_read_well_whatever_the_phrase(task):
+    """Plurals, vowels, names and phrases with their own article: no article before it, no verb that agrees with it."""
+    for prompt in load_templates()[task]["prompts"]:
+        before, after = prompt.split("{phrase}")
+        assert not before.lower().endswith((" a ", " an ", " is ", " does ", " the ")), prompt
+        assert not after.startswith((" is", " does", " has")) and " it?" not in after, prompt
+        if task == "detect":
+            assert before.lower().endswith(("every ", "each ", "every single ", "miss any ")), prompt
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        ("what is this", "What is this?"),
+        ("in which hand is it", "In which hand is it?"),
+        ("Is it red?", "Is it red?"),
+        ("describe the man", "Describe the man."),
+        ('What says "stop"', 'What says "stop"?'),
+        ('Find "exit."', 'Find "exit."'),
+        ("Whatever is cold, show it", "Whatever is cold, show it."),
+    ],
+)
+@pytest.mark.parametrize("task", ["vqa", "region_vqa", "grounded_vqa", "reasoning"])
+def test_questions_are_sentences_in_every_prompt(task, question, sentence):
+    drawn = {render_prompt(task, question, stable_generator(0, index)) for index in range(300)}
+    assert len(drawn) >= 20
+    for prompt in drawn:
+        assert sentence in prompt and f"{sentence}." not in prompt
+        before = prompt.partition(sentence)[0].rstrip()
+        assert not before or before[-1] in ".:?"
+
+
 def test_evaluation_prompt_always_has_the_first_form():
     answers = {}
     for index in range(500):

@@ -143,6 +143,33 @@ def test_llava_conversations(tmp_path):
             read({**record, "conversations": change})
 
 
+def test_pictures_of_several_data_sets_keep_apart(tmp_path):
+    """The same number in two folders is two pictures: rows that agree in `image_id` may share one."""
+    for name, colour in (("vg/VG_100K/5.jpg", "red"), ("ocr_vqa/images/5.jpg", "blue")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        PILImage.new("RGB", (8, 8), colour).save(tmp_path / name)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    records = [
+        {"id": "5", "image": name, "conversations": turns} for name in ("vg/VG_100K/5.jpg", "ocr_vqa/images/5.jpg")
+    ]
+    rows = checked(llava_rows(tmp_path, annotations=[write(tmp_path / "llava.json", records)]))
+    assert [row["image_id"] for row in rows] == ["vg/VG_100K/5", "ocr_vqa/images/5"]
+    assert len({row["image"]["path"] for row in rows}) == 2
+
+    for name in ("cot_image_data/gqa/5.jpg", "cot_image_data/flickr30k/5.jpg"):  # as the tar files unpack
+        (tmp_path / name).parent.mkdir(parents=True)
+        PILImage.new("RGB", (8, 8)).save(tmp_path / name)
+    record = {"question": "What?", "answer": "It.", "image": "5.jpg", "width": 8, "height": 8, "bboxs": [[1, 1, 5, 5]]}
+    (tmp_path / "metadata").mkdir()
+    write(tmp_path / "metadata/gqa_cot_train.jsonl", [record | {"dataset": name} for name in ("gqa", "flickr30k")])
+    rows = checked(viscot_rows(tmp_path, tasks=["vqa"]))
+    assert [row["image_id"] for row in rows] == ["gqa/5", "flickr30k/5"]
+    assert [row["image"]["path"].split("/")[-2] for row in rows] == ["gqa", "flickr30k"]
+    for name in ("../5.jpg", "/5.jpg"):
+        with pytest.raises(ValueError, match="leaves the folder"):
+            list(viscot_rows(tmp_path, annotations=[write(tmp_path / "a.jsonl", [record | {"image": name}])]))
+
+
 def test_llava_boxes_are_relative(tmp_path):
     PILImage.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
     instances = [{"category": "cup", "bbox": [0.5, 0.1, 0.75, 0.5]}, {"category": "cup", "bbox": [0.1, 0.1, 0.2, 0.9]}]
