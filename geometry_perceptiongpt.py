@@ -100,9 +100,10 @@ def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> to
     return F.grid_sample(mask_logits[None].float(), points[None], padding_mode="border", align_corners=False)[0]
 
 
-def clip_box(box, height: int, width: int) -> list[float]:
+def clip_box(box, height: float, width: float) -> list[float]:
     """
-    Checks one box and clips what overhangs a `(height, width)` picture by at most one pixel.
+    Checks one box and clips what overhangs a `(height, width)` picture by at most one pixel. (A size that is not known
+    is infinite.)
 
     Returns:
         `list[float]`: xyxy pixels inside the picture.
@@ -113,17 +114,18 @@ def clip_box(box, height: int, width: int) -> list[float]:
     expected = f"expected [x0, y0, x1, y1] in pixels with x0 < x1 <= {width} and y0 < y1 <= {height}"
     try:
         values = [float(value) for value in box]
-    except (TypeError, ValueError):
-        raise ValueError(f"box {box!r} is not a list of numbers; {expected}") from None
+    except (TypeError, ValueError, OverflowError):
+        values = []
     if len(values) != 4:
-        raise ValueError(f"box {values} has {len(values)} values; {expected}")
+        raise ValueError(f"box {box!r:.200} is not four numbers; {expected}")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"box {values} is not finite; {expected}")
     x0, y0, x1, y1 = values
     if x1 < x0 or y1 < y0:
-        raise ValueError(f"box {values} is inverted; {expected}")
-    if x0 < -OVERHANG or y0 < -OVERHANG or x1 > width + OVERHANG or y1 > height + OVERHANG:
-        raise ValueError(f"box {values} lies outside its picture of {width} x {height} pixels; {expected}")
+        raise ValueError(f"box {values} is inverted and has no area; {expected}")
+    overhang = max(-x0, -y0, x1 - width, y1 - height)
+    if overhang > OVERHANG:
+        raise ValueError(f"box {values} lies {overhang:g} px outside the {width} x {height} image; {expected}")
     clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
         raise ValueError(f"box {values} has no area inside its picture; {expected}")

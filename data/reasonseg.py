@@ -12,8 +12,8 @@ from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
 from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
 from perceptiongpt.data.refer import find_split, read_phrase
-from perceptiongpt.data.schema import MAX_OVERHANG_PIXELS
 from perceptiongpt.data.templates import render_prompt, render_turn
+from perceptiongpt.geometry_perceptiongpt import OVERHANG
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG")
@@ -99,7 +99,7 @@ def _polygon(points: list, width: int, height: int, name: str) -> list[float]:
     if len(points) < 3:
         raise ValueError(f"{name}: {len(points)} points; a polygon has at least three")
     for values, side in zip(zip(*points), (width, height), strict=True):
-        low, high = -MAX_OVERHANG_PIXELS, side + MAX_OVERHANG_PIXELS
+        low, high = -OVERHANG, side + OVERHANG
         if not all(low <= value <= high for value in values):  # false of NaN, too
             raise ValueError(f"{name}: its points lie outside the {width} x {height} image")
     return [value for point in points for value in point]

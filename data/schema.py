@@ -20,6 +20,7 @@ from datasets import Features, Image, List, Value
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
 from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
 
 
@@ -38,7 +39,6 @@ TASKS = (
     "dialogue",
 )
 DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
-MAX_OVERHANG_PIXELS = 1.0
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
@@ -178,19 +178,10 @@ def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[l
         ValueError: if it has not four finite numbers, no area, or overhangs by more than a pixel.
     """
     try:
-        x0, y0, x1, y1 = (float(value) for value in box_xyxy_pixels)
-    except (TypeError, ValueError, OverflowError) as error:
-        given = str(box_xyxy_pixels)[:200]
-        raise ValueError(f"{name}: box {given} is not four numbers [x0, y0, x1, y1]") from error
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} has a value that is not finite")
-    overhang = max(-x0, -y0, x1 - width, y1 - height)
-    if overhang > MAX_OVERHANG_PIXELS:
-        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} lies {overhang:g} px outside the {width} x {height} image")
-    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
-    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise ValueError(f"{name}: box {[x0, y0, x1, y1]} has no area; expected x0 < x1 and y0 < y1")
-    return clipped, overhang > 0
+        clipped = clip_to_picture(box_xyxy_pixels, height, width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return clipped, clipped != [float(value) for value in box_xyxy_pixels]
 
 
 def _validate_messages(row: dict, name: str, with_images: bool) -> None:
