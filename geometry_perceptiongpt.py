@@ -228,7 +228,7 @@ def _decode_polygons(polygons: list | tuple, height: int, width: int) -> np.ndar
         if len(points) < 3:
             raise ValueError(f"polygon {str(polygon)[:60]} has {len(points)} points; expected at least 3")
         if not ((points >= -OVERHANG) & (points <= np.array([width, height]) + OVERHANG)).all():  # NaN too
-            raise ValueError(f"polygon {str(polygon)[:60]} lies outside its picture of {width} x {height} pixels")
+            raise ValueError(f"polygon {str(polygon)[:60]} lies outside the {width} x {height} image")
         flat_polygons.append(points.clip(0, [width, height]).ravel().tolist())
     if not flat_polygons:
         raise ValueError("mask is a list without polygons")
