@@ -22,6 +22,7 @@ from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_S
 from perceptiongpt.metrics.caption_scores.caption_scores import start_meteor, tokenize_ptb, tokenize_python
 from perceptiongpt.metrics.coco_detection.coco_detection import STATISTICS
 from perceptiongpt.metrics.shared import box_iou, is_number, parse_box, parse_mask
+from perceptiongpt.metrics.shared import empty_mask as mask_without_pixels
 
 
 TEACHER_FORCED = {"box_accuracy", "referring_iou"}
@@ -90,15 +91,14 @@ def marked_phrases(content: str) -> list[str | None]:
 
 def empty_mask(sample: dict) -> dict:
     """An RLE without pixels, of the picture's size."""
-    return rectangle_mask(sample, None)
+    return text_rle(mask_without_pixels([sample["height"], sample["width"]]))
 
 
-def rectangle_mask(sample: dict, box: list[float] | None) -> dict:
+def rectangle_mask(sample: dict, box: list[float]) -> dict:
     """A box as an RLE: the pixels whose centres lie in it."""
     mask = np.zeros((sample["height"], sample["width"]), dtype=np.uint8, order="F")
-    if box is not None:
-        x0, y0, x1, y1 = (max(math.ceil(side - 0.5), 0) for side in box)
-        mask[y0:y1, x0:x1] = 1
+    x0, y0, x1, y1 = (max(math.ceil(side - 0.5), 0) for side in box)
+    mask[y0:y1, x0:x1] = 1
     return text_rle(coco_mask.encode(mask))
 
 
@@ -433,7 +433,9 @@ def _grounded(sample, prediction):
     as_boxes = all(mask is None for _, mask in wanted)  # of references that are boxes: both as filled rectangles
 
     def area(box, mask):
-        return rectangle_mask(sample, box) if as_boxes else mask or empty_mask(sample)
+        if as_boxes:
+            mask = box and rectangle_mask(sample, box)
+        return mask or empty_mask(sample)
 
     phrases = [phrase or "" for answer in sample["answers"] for phrase in marked_phrases(answer["content"])]
     found = {
@@ -858,8 +860,9 @@ def resampled_detection(
         truth.dataset, found.dataset = annotations, annotations | {"annotations": []}
         truth.createIndex()
         found.createIndex()
-        if results:
-            found = truth.loadRes([dict(one) for one in results])
+        if results:  # beside a box, pycocotools would call a mask small or large by the area of the box
+            beside = "bbox" if kind == "segm" else "segmentation"
+            found = truth.loadRes([{key: one[key] for key in one if key != beside} for one in results])
         evaluation = COCOeval(truth, found, kind)
         evaluation.evaluate()
     params = evaluation.params
@@ -1074,18 +1077,18 @@ def bench_details(samples: list[dict], result: Result, options) -> dict:
         if side >= SMALLEST_EXACT_SIDE:
             exact.append(columns["hit@0.90"])
 
+    def interval(hits: list[float]) -> list[float]:
+        return share_interval(np.array(hits), np.ones(len(hits)), np.arange(len(hits)))
+
     def mean(rows: list[dict]) -> dict:
         keys = (("acc@0.5", "hit"), ("acc@0.75", "hit@0.75"), ("miou", "value"))
         means = {key: float(np.mean([row[column] for row in rows])) for key, column in keys}
-        return {"n": len(rows), **means, "interval of acc@0.5": share([row["hit"] for row in rows])}
-
-    def share(hits: list[float]) -> list[float]:
-        return share_interval(np.array(hits), np.ones(len(hits)), np.arange(len(hits)))
+        return {"n": len(rows), **means, "interval of acc@0.5": interval([row["hit"] for row in rows])}
 
     breakdown = {"kind": {name: mean(rows) for name, rows in sorted(kinds.items())}}
     breakdown["side"] = {name: mean(sides[name]) for name, _, _ in BENCH_SIDES if sides[name]}
     breakdown["acc@0.9 of sides >= 16"] = float(np.mean(exact)) if exact else None
-    breakdown["its interval"] = share(exact) if exact else None
+    breakdown["interval of acc@0.9 of sides >= 16"] = interval(exact) if exact else None
     pictures = len({sample["image_id"] for sample in samples})
     baselines = bench_baselines(pictures, options.seed, options.split)
     return {"breakdown": breakdown, "without a model, acc@0.5": baselines}

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from perceptiongpt import reporting, scoring
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.reading import Problems, read_json
+from perceptiongpt.data.reading import Problems, read_json, safe_join
 from perceptiongpt.data.schema import row_to_messages
 from perceptiongpt.data.sources import rows as source_rows
 from perceptiongpt.data.sources import source_arguments
@@ -198,17 +198,25 @@ def is_instances(path: Path) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(key), list) for key in keys)
 
 
+def is_picture_in(folder: Path, name: str) -> bool:
+    """Whether a file of that name, which must not lead out of the folder, is there."""
+    try:
+        return safe_join(folder, name).is_file()
+    except ValueError:  # whoever reads the records says which one it is
+        return False
+
+
 def find_coco_images(data: Path, instances: Path) -> str:
     """The folder below `data` that the `file_name`s of an instances file are relative to, nearest to the file first."""
     try:
         names = [str(record["file_name"]) for record in read_json(instances)["images"]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{instances}: no COCO instances file with pictures: {error!r}") from error
-    names = [name for name in names if ".." not in Path(name).parts][:FILES_TO_LOOK_FOR]
+    names = names[:FILES_TO_LOOK_FOR]
     stem = instances.name.split(".json")[0].removeprefix("instances_")
     below = [path for depth in ("*/", "*/*/") for path in sorted(data.glob(depth)) if path.is_dir()]
     below.sort(key=lambda path: path.name != stem)
-    found = {folder: sum((folder / name).is_file() for name in names) for folder in [instances.parent, data, *below]}
+    found = {folder: sum(is_picture_in(folder, name) for name in names) for folder in [instances.parent, data, *below]}
     best = max(found, key=found.get)
     if not found[best]:
         raise InputError(

@@ -208,8 +208,8 @@ def read_instances(
         The image records in file order, the annotations per image id, and the name per category id.
 
     Raises:
-        ValueError: broken json, a missing key, a category without a name, a repeated image id, or an annotation
-            whose image or category does not exist.
+        ValueError: broken json, a missing key, a category without a name, a repeated image or annotation id, an
+            impossible picture size, or an annotation whose image or category does not exist.
     """
     categories = {}
     for number, category in enumerate(read_section(annotations, "categories")):

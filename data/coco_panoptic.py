@@ -5,7 +5,6 @@ Crowd segments are never targets, and a category with one makes no `refer` or `d
 
 import io
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -30,7 +29,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
     usual_files,
 )
-from perceptiongpt.data.reading import Problems, safe_join, until_broken
+from perceptiongpt.data.reading import BROKEN, Problems, safe_join, until_broken
 from perceptiongpt.data.templates import render_turn
 
 
@@ -94,7 +93,8 @@ def coco_panoptic_rows(
             categories = {get(one, "id", of=int): plain_name(get(one, "name")) for one in listed}
             things = {one["id"] for one in listed if one.get("isthing", 1)}
         except ValueError as error:
-            raise ValueError(f"{file}: in images or categories: {error}") from error
+            reason = str(error).removeprefix(f"{file}: ")
+            raise ValueError(f"{file}: in images or categories: {reason}") from error
 
         def make(annotation) -> Iterator[dict]:
             image_id = get(annotation, "image_id", of=int)
@@ -151,7 +151,7 @@ class SegmentIds:
         try:
             with Image.open(self._find(name)) as image:
                 colors = np.asarray(image.convert("RGB"), dtype=np.uint32)
-        except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except (*BROKEN, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # RuntimeError: encrypted
             raise ValueError(f"{name} in {self.masks} cannot be read as a picture: {error}") from error
         if colors.shape[1::-1] != tuple(size):
             shape = f"{colors.shape[1]} x {colors.shape[0]}"

@@ -114,7 +114,8 @@ def hub_rows(
             kind = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}.get(Path(files[split][0]).suffix, "json")
             dataset = load_dataset(kind, split=split, streaming=True, data_files=files)
         else:
-            dataset = load_dataset(str(root), name, split=split, streaming=True)
+            place = Path(root).absolute() if Path(root).is_dir() else root  # "." has no name, which `datasets` needs
+            dataset = load_dataset(str(place), name, split=split, streaming=True)
         found = list(dataset.features or next(iter(dataset), ()))
     except (*BROKEN, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(f"{root}: split {split!r} cannot be read as a data set: {error}") from error
@@ -143,7 +144,7 @@ def hub_rows(
         value = {role: record.get(column) for role, column in mapping.items()}
         common = _read_image(value["image"], pictures, root, stated_size(value))
         # A bare record number would be taken for the picture of that number in another data set.
-        image_id = _image_id(value, f"{Path(root).name} {number}")
+        image_id = _image_id(value, f"{Path(root).absolute().name} {number}")
         common |= {"source": "hub", "image_id": image_id, "split": split}
         slots = _read_slots(value.get("box"), value.get("mask"), box_format, common)
         if not slots and ("box" in mapping or "mask" in mapping):

@@ -52,7 +52,8 @@ MIXTURE_DEFAULTS = {
 }
 PART_KEYS = ("weight", "per_epoch", "questions")  # the last: of `DrawnPart`
 PREPARE_KEYS = ("pictures", "num_proc", "on_error", "rows_per_shard")  # of `prepare`, for a source by name
-# Whose `image_id`, where it is a number, is COCO's; and whose is unless the name of the picture's file is not COCO's.
+# Sources whose `image_id`, where it is a number, is COCO's; and those whose is unless the picture's file is named
+# otherwise than COCO's.
 COCO_SOURCES = {"lvis", "refer", "minigpt4_rec", "grefcoco", "vqav2", "okvqa", "hub"}
 MOSTLY_COCO_SOURCES = {"coco", "coco_captions", "coco_panoptic", "shikra_rec", "refcocos", "pope", "llava", "viscot"}
 # Pictures of Visual Genome in LLaVA's and Visual-CoT's data, by Visual Genome's numbers (GQA, Visual7W: its pictures).

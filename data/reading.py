@@ -198,7 +198,7 @@ def safe_join(folder: str | Path, name: str) -> Path:
         if flavour.is_absolute() or flavour.drive or flavour.root or ".." in flavour.parts:
             raise ValueError(f"file name {name!r} leaves the folder {folder}")
     path = Path(folder) / name
-    inside = _resolved(str(folder))
+    inside = _resolved(str(Path(folder).absolute()))  # the working folder may change
     blobs = [parent.parent / "blobs" for parent in (inside, *inside.parents) if parent.name == "snapshots"]
     if not any(path.resolve().is_relative_to(allowed) for allowed in (inside, *blobs)):
         raise ValueError(f"file name {name!r} leaves the folder {folder} by a link")

@@ -114,8 +114,8 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
 
 def prepared_files(root: str | Path, split: str = "train") -> list[str]:
     """The shards of one split of a prepared folder, in order; `ValueError` if there are none or some are missing."""
-    patterns = (f"{split}-[0-9]*.parquet", f"{split}-*.parquet")  # `test-*` alone would be `test-dev`, too
-    found = next(filter(None, (list(Path(root).glob(pattern)) for pattern in patterns)), [])
+    found = list(Path(root).glob(f"{split}-[0-9]*.parquet"))  # `test-*` would be the shards of `test-dev`, too
+    found = found or [path for path in Path(root).glob(f"{split}-*.parquet") if "-of-" not in path.name]
     files = sorted(map(str, found))
     if not files:
         raise ValueError(f"{root}: holds no {split}-*.parquet; make them with python -m perceptiongpt.data.prepare")

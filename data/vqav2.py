@@ -104,7 +104,8 @@ def _vqa_rows(
     answers = {}
 
     def read(annotation) -> list:
-        given = [get(answer, "answer") for answer in annotation.get("answers", [])] if evaluation else []
+        ten = get(annotation, "answers", of=list) if evaluation and "answers" in annotation else []
+        given = [get(answer, "answer") for answer in ten]
         answers[get(annotation, "question_id", of=(int, str))] = most_given_answer(annotation), given
         return []
 

@@ -59,7 +59,7 @@ def test_several_texts_are_about_one_object_each(folder):
         read(folder({"i": "a.jpg", "t": ["the cup", "a bowl"], "b": boxes}), columns)
 
 
-def test_coco_pictures_are_known_by_their_names(folder):
+def test_coco_pictures_are_known_by_their_names(folder, monkeypatch):
     record = {"i": COCO_NAME, "t": "a cup", "b": [1, 1, 5, 9], "n": 7, "m": None}
     columns = "image=i phrase=t box=b"
     rows = read(folder(record), columns)
@@ -67,7 +67,8 @@ def test_coco_pictures_are_known_by_their_names(folder):
     assert read(folder(record), columns + " image_id=n")[0]["image_id"] == "7"
     # the number of a record is no number of a picture
     root = folder({**record, "i": "a.jpg"})
-    assert read(root, columns)[0]["image_id"] == f"{root.name} 0"
+    monkeypatch.chdir(root)
+    assert read(root, columns)[0]["image_id"] == read(Path("."), columns)[0]["image_id"] == f"{root.name} 0"
     with pytest.raises(ValueError, match="record 0: there is no image_id"):
         read(folder(record), columns + " image_id=m")
 

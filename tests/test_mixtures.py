@@ -6,8 +6,6 @@
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from itertools import islice
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import run_two_processes
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -401,23 +400,7 @@ def test_two_processes_draw_an_epoch_once_and_go_on_where_they_were_stopped(tiny
     parts = load_parts(recipe["data"]["train"], root / "cache")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     for stop_at in ("4", "none"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(tmp_path), stop_at],
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        for worker in workers:
-            printed, _ = worker.communicate(timeout=300)
-            assert worker.returncode == (0 if stop_at == "none" else 3), printed[-4000:]
+        run_two_processes(__file__, str(tmp_path), stop_at, returncode=0 if stop_at == "none" else 3)
     seen = []
     for rank in range(2):
         before, after = (

@@ -150,6 +150,8 @@ def test_a_command_that_was_wrong_binds_nobody(source, tmp_path):
 
 def test_names_of_splits(source, tmp_path):
     for split, rows_per_shard in (("test-dev", 6), ("test", 20)):
+        with pytest.raises(ValueError, match=f"holds no {split}-"):
+            prepared_files(tmp_path / "out", split)
         prepare("drawn", tmp_path / "out", split=split, rows_per_shard=rows_per_shard, pictures="embed")
     assert [len(prepared_files(tmp_path / "out", split)) for split in ("test", "test-dev")] == [1, 4]
     data = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))

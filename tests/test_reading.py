@@ -219,6 +219,13 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
         safe_join(tmp_path, name)
 
 
+def test_names_in_the_working_folder_wherever_it_is(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert safe_join(".", "c.jpg").absolute() == tmp_path / name / "c.jpg"
+
+
 def test_links_out_of_the_folder_are_refused_but_in_the_hubs_cache(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir(), outside.mkdir()

@@ -1,7 +1,6 @@
 """Weights in pieces: FSDP2, DDP with unlike batches, weights that wait on another device; against one plain model."""
 
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from processes import free_port
 from torch import distributed as dist
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration
@@ -159,12 +159,9 @@ def run_rank(rank: int, worker: str, folder: str, output: str, argument: str) ->
 
 def in_two_processes(worker: str, folder: str, output: Path, argument: str) -> list[dict]:
     """Runs a worker above in two new processes, and what each of them saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     done = subprocess.run(
         [sys.executable, __file__, worker, folder, str(output), argument],
-        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -6,7 +6,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import free_port, run_two_processes
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
@@ -83,29 +83,9 @@ def test_every_parameter_the_loss_can_reach_gets_a_gradient(tiny_model_dir, whol
     assert set(whole_batch[1]) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(tiny_model_dir, tmp_path, whole_batch):
-    port = free_port()
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, tiny_model_dir, str(tmp_path)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        printed, _ = worker.communicate(timeout=300)
-        assert worker.returncode == 0, printed[-4000:]
+    run_two_processes(__file__, tiny_model_dir, str(tmp_path))
     for rank in range(2):
         losses, gradients, evaluation = torch.load(tmp_path / f"rank{rank}.pt")
         if rank == 0:  # only the first process logs

@@ -258,6 +258,12 @@ def test_folders_of_ones_own_labels(tmp_path, data_dir):
         assert {sample["image_id"] for sample in samples} == {str(instances["images"][0]["id"])}
     shutil.copy(root / "annotations/instances_val.json", root / "annotations/instances_train.json")
     assert {one["split"] for one in samples_of("--benchmark", "coco", "--data", root)} == {"val"}
+    labels = root / "annotations/instances_val.json"
+    with_bad_names = json.loads(labels.read_text())
+    for number, bad_name in enumerate(("x" * 300, "../a.jpg", "/a.jpg"), 10**9):
+        with_bad_names["images"].append({"id": number, "file_name": bad_name, "width": 4, "height": 4})
+    (tmp_path / "own.json").write_text(json.dumps(with_bad_names))
+    assert validate.find_coco_images(root, tmp_path / "own.json") == str(root)
     with pytest.raises(
         InputError, match="choose one of annotations/instances_train.json, annotations/instances_val.json"
     ):
@@ -543,7 +549,14 @@ def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():
 
 
 def detection_set(seed: int) -> tuple[list[dict], dict[str, dict]]:
-    """Questions for two categories about pictures that hold objects of every size of COCO's, and rough answers."""
+    """Questions for two categories about pictures that hold objects of every size of COCO's, and rough answers.
+
+    The mask of an object is the upper half of its box: often of a smaller one of COCO's three sizes.
+    """
+
+    def upper_half(box) -> list[float]:
+        return [*box[:3], (box[1] + box[3]) / 2]
+
     rng = np.random.default_rng(seed)
     size, samples, entries = {"width": 400, "height": 300}, [], {}
     for number in range(24):
@@ -556,13 +569,13 @@ def detection_set(seed: int) -> tuple[list[dict], dict[str, dict]]:
         answer = {"content": "<vis>" * len(boxes) or f"There is no {category}."}
         answer |= {"boxes": [list(map(float, box)) for box in boxes]}
         samples.append(sample | size | {"phrase": category})
-        answer["masks"] = [scoring.rectangle_mask(samples[-1], box) for box in boxes]
+        answer["masks"] = [scoring.rectangle_mask(samples[-1], upper_half(box)) for box in boxes]
         samples[-1]["answers"] = [answer]
         objects = []
         for box in [*boxes, *boxes[: rng.integers(0, 2)]]:
             if rng.random() < 0.85:
                 moved = (np.array(box) + rng.normal(0, 0.04, 4) * (box[2] - box[0])).tolist()
-                mask = scoring.rectangle_mask(samples[-1], moved)
+                mask = scoring.rectangle_mask(samples[-1], upper_half(moved))
                 objects.append({"box": moved, "mask": mask, "score": float(rng.random())})
         entries[sample["id"]] = {"id": sample["id"], "text": "", "objects": objects}
     return samples, entries

@@ -76,6 +76,10 @@ def test_vqav2_usual_files(tmp_path):
     assert texts(row)[1] == "cat" and (row["width"], row["height"]) == (9, 7)
     with pytest.raises(ValueError, match="no v2_OpenEnded_mscoco_train2014_questions.json"):
         list(vqav2_rows(tmp_path))
+    null = annotation | {"multiple_choice_answer": "cow", "answers": None}
+    write(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": [null]})
+    with pytest.raises(ValueError, match="record 0: 'answers' is 'None', expected list"):
+        list(vqav2_rows(tmp_path, split="val", evaluation=True))
     write(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": []})
     with pytest.raises(ValueError, match="record 0: question 420 has no annotation"):
         list(vqav2_rows(tmp_path, split="val"))
