@@ -2,7 +2,7 @@
 
     python train.py --config recipes/coco_lora.yaml data.train.annotations=instances.json data.train.images=photos \
         model.checkpoint=DIR --output runs/mine
-    python train.py --config recipes/coco_lora.yaml --output runs/mine --resume              # go on where it stopped
+    python train.py --output runs/mine --resume       # go on where it stopped; what is given again goes over its recipe
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py --config ... --output ...
 
 A recipe is YAML with the sections of `DEFAULTS`; `section.key=value` on the command line goes over it. Everything in
@@ -21,6 +21,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -124,16 +125,24 @@ RecipeLoader.yaml_implicit_resolvers = {  # integers stay integers: their resolv
 }
 
 
-def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
+def read_recipe(path: str | Path, overrides: list[str] = (), under: str | Path | None = None) -> dict:
     """Read a recipe, put `section.key=value` overrides over it, fill in `DEFAULTS`, and check every key.
+
+    Args:
+        path: its YAML.
+        overrides: the command line's.
+        under: the recipe of an earlier run, over which this one goes.
 
     Raises:
         ValueError: for a key that nothing reads, with the nearest known ones.
     """
-    try:
-        given = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    given = read_yaml(path)
+    if under is not None:
+        before = read_yaml(under)
+        for part, sources in before["data"].items():
+            if isinstance(sources, list) and len(sources) == 1:
+                before["data"][part] = sources[0]  # as recipes have it
+        given = put_over(before, given)
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -148,6 +157,21 @@ def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
                 raise ValueError(f"{name!r}: {parent!r} is a {type(node).__name__}, not a section")
         node[last] = yaml.load(value, RecipeLoader)
     return complete_recipe(given)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The content of a YAML file; `ValueError` if it cannot be read as such."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def put_over(below, above):
+    """`above`, with what only `below` has where both are mappings."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: put_over(below.get(key), value) for key, value in above.items()}}
 
 
 def complete_recipe(given: dict) -> dict:
@@ -727,12 +751,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
+    parser.add_argument("--config", metavar="FILE", help="the recipe; with --resume, that of the run unless given")
     parser.add_argument("--output", required=True, metavar="DIR", help="where checkpoints and the final model go")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe, e.g. training.max_steps=9")
     options = parser.parse_intermixed_args(arguments)
-    train(read_recipe(options.config, options.overrides), options.output, options.resume)
+    before = Path(options.output, "recipe.yaml")
+    before = before if options.resume and before.is_file() else None
+    if options.config is None and before is None:
+        parser.error("--config is needed (without it, --resume goes on with the recipe.yaml of an output)")
+    try:
+        recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
+        train(recipe, options.output, options.resume)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ class Part:
             content = parquet.ParquetFile(file, pre_buffer=False)
             for group in range(content.num_row_groups):
                 count = content.metadata.row_group(group).num_rows
+                if _lacks_pictures(content.metadata.row_group(group)):
+                    raise ValueError(f"{name}: {file} was prepared without its pictures and cannot be trained on")
                 kept = np.arange(count, dtype=np.int32)
                 if is_left_out is not None:
                     keys = _pictures_of(content, group)
@@ -153,6 +155,14 @@ class Part:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": OrderedDict()}
+
+
+def _lacks_pictures(group) -> bool:
+    """Whether the metadata of a row group say that no row of it has a picture, neither embedded nor by path."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    columns = [column for column in columns if column.path_in_schema in ("image.bytes", "image.path")]
+    found = [column.statistics and column.statistics.null_count == group.num_rows for column in columns]
+    return bool(found) and all(found)
 
 
 def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
@@ -454,10 +464,11 @@ class _LeftOut:
 def print_parts(parts: list[Part]) -> None:
     """Print what is mixed, and what was left out because it is evaluated on."""
     total = sum(part.weight for part in parts)
-    print(f"{'part':<28}{'rows':>12}{'an epoch':>12}{'drawn':>9}{'left out':>12}{'images':>10}")
+    print(f"{'':<28}{'':>12}{'rows of':>12}{'':>9}{'rows':>12}{'pictures':>12}")
+    print(f"{'part':<28}{'rows':>12}{'an epoch':>12}{'drawn':>9}{'left out':>12}{'left out':>12}")
     for part in parts:
         epoch = min(len(part), part.per_epoch or len(part))
         share = f"{part.weight / total:.1%}"
         print(
-            f"{part.name:<28}{len(part):>12,}{epoch:>12,}{share:>9}{part.left_out_rows:>12,}{part.left_out_images:>10,}"
+            f"{part.name:<28}{len(part):>12,}{epoch:>12,}{share:>9}{part.left_out_rows:>12,}{part.left_out_images:>12,}"
         )

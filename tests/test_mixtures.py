@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import run_two_processes
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -27,6 +26,7 @@ from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Par
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.schema import TASKS
 from perceptiongpt.data.sources import prepared_files
+from processes import run_two_processes
 
 
 SIZES = {"a": 6, "b": 3, "c": 1}  # pictures a part, 5 rows each
@@ -279,6 +279,15 @@ def test_pictures_of_refcoco_evaluation_are_left_out_and_counted(real, data_dir,
     assert f"{expected}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no rows to train on; 4 were left out"):
         load_parts({**settings, "mixture": [mixture[3]]}, root / "cache")
+
+
+def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):
+    for images, pictures in ((data_dir / "coco128/train2017", "path"), (None, "none")):
+        arguments = {"root": str(data_dir / "refcoco_mini"), "split": "val", "images": images and str(images)}
+        prepare("refer", tmp_path / pictures, pictures=pictures, **arguments)
+    assert len(Part("with", prepared_files(tmp_path / "path", "val"))) == 4
+    with pytest.raises(ValueError, match="without: .*val-00000-of-00001.parquet was prepared without its pictures"):
+        Part("without", prepared_files(tmp_path / "none", "val"))
 
 
 @pytest.mark.parametrize("pictures", ["path", "embed"])

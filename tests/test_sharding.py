@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from processes import free_port
 from torch import distributed as dist
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration
 from perceptiongpt import train as training
+from processes import free_port
 from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, ForcedVis, batch_and_singles, tiny_model
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import free_port, run_two_processes
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
@@ -22,6 +21,7 @@ from drawn_rows import drawn_rows
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
+from processes import free_port, run_two_processes
 
 
 class KeepGradients(TrainerCallback):
@@ -484,8 +484,17 @@ def test_command_line(tiny_model_dir, coco_folder, tmp_path):
     training.main([*arguments, "--resume"])
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["global_step"] == 2
+    # The run's own recipe is gone on with; another recipe and overrides go over it.
+    training.main(["--output", str(tmp_path / "run"), "--resume", "training.max_steps=3"])
+    (tmp_path / "other.yaml").write_text("training: {max_steps: 4}\ndata: {train: {seed: 0}}\n")
+    training.main(["--config", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "run"), "--resume"])
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 4
     with pytest.raises(SystemExit):
         training.main(["--config", str(path)])
+    with pytest.raises(SystemExit):
+        training.main(["--output", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="error: .*holds a checkpoint already"):
+        training.main(arguments)
 
 
 if __name__ == "__main__":
