@@ -13,6 +13,9 @@ COLORS = "#FF3B5C #1E90FF #2ECC40 #FF9F1C #B14AED #00CFCF #F5E027 #F564E3 #A0522
 FONT_SHARE = 0.03  # of the shorter side
 LEAST_FONT_SIZE = 15
 LEAST_LONGER_SIDE = 512
+CARD_FONT_SIZE = 16
+CARD_LINES = 4
+SHEET_MARGIN = 8
 
 
 def _font_path() -> str:
@@ -34,7 +37,14 @@ def _mask_array(mask, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None) -> Image.Image:
+def draw_objects(
+    image: Image.Image,
+    result: dict,
+    *,
+    caption: str | None = None,
+    labels: Sequence[str] | None = None,
+    longer_side: int | None = None,
+) -> Image.Image:
     """Draw boxes, masks, phrases and scores on a copy of a picture.
 
     Args:
@@ -43,9 +53,12 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
             `image`), `mask` (bool array of shape `(height, width)`, COCO RLE, or None), `phrase` (an object without
             one is called by its number) and `score` (if not None) are drawn.
         caption: text for a strip below the picture, such as the model's answer.
+        labels: of each object, what is written beside it in place of phrase and score; nothing where it is empty.
+        longer_side: of the picture that is drawn, in pixels; without, as large as it is, but at least 512, so that
+            labels can be read.
 
     Returns:
-        An RGB picture. One whose longer side is below 512 pixels is enlarged first, so that labels can be read.
+        An RGB picture.
 
     Raises:
         ValueError: a mask is not of the picture's size.
@@ -56,7 +69,7 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
 
     objects = result["objects"]
     masks = [_mask_array(found["mask"], image.height, image.width) for found in objects]
-    scale = max(1.0, LEAST_LONGER_SIDE / max(image.size))
+    scale = (longer_side or max(LEAST_LONGER_SIDE, *image.size)) / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     font_size = max(LEAST_FONT_SIZE, round(FONT_SHARE * min(size)))
@@ -67,10 +80,11 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
             mask=np.stack(resized),
             class_id=np.arange(len(objects)),
         )
-        labels = [
+        labels = labels or [
             f"{found['phrase'] or f'object {number}'}" + ("" if found["score"] is None else f" {found['score']:.2f}")
             for number, found in enumerate(objects, 1)
         ]
+        has_label = np.array([bool(label) for label in labels])
         palette = sv.ColorPalette.from_hex(COLORS)
         # Black letters on light colours, white ones on dark.
         light = [0.299 * color.r + 0.587 * color.g + 0.114 * color.b > 140 for color in palette.colors]
@@ -89,7 +103,7 @@ def draw_objects(image: Image.Image, result: dict, *, caption: str | None = None
             text_padding=max(2, font_size // 5),
             smart_position=True,
             max_line_length=max(8, int(size[0] / (0.65 * font_size))),
-        ).annotate(canvas, detections, labels)
+        ).annotate(canvas, detections[has_label], [label for label in labels if label])
     return _with_caption(canvas, caption, font_size) if caption else canvas
 
 
@@ -104,16 +118,38 @@ def _with_caption(image: Image.Image, caption: str, font_size: int) -> Image.Ima
     return canvas
 
 
+def card(image: Image.Image, title: str, text: str, width: int) -> Image.Image:
+    """A picture between its title and at most `CARD_LINES` lines of text, on white.
+
+    Args:
+        image: a picture no wider than `width`.
+        title, text: what is written above and below it; what does not fit is cut.
+        width: of the card, in pixels.
+    """
+    font = ImageFont.truetype(_font_path(), CARD_FONT_SIZE)
+    line, letters = CARD_FONT_SIZE * 5 // 4, int(width / (0.6 * CARD_FONT_SIZE))
+    lines = textwrap.wrap(text, letters, max_lines=CARD_LINES, placeholder=" ...")
+    canvas = Image.new("RGB", (width, image.height + line * (1 + len(lines)) + line // 2), "white")
+    drawing = ImageDraw.Draw(canvas)
+    drawing.text((width // 2, line // 2), title, font=font, fill="black", anchor="mm")
+    canvas.paste(image, ((width - image.width) // 2, line))
+    for number, words in enumerate(lines):
+        drawing.text((0, line * (1.75 + number) + image.height), words, font=font, fill="black", anchor="lm")
+    return canvas
+
+
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, path: str | Path, *, cell: int = 480, max_bytes: int = 200_000
 ) -> Path:
-    """Save pictures side by side, each shrunk to fit a square cell, as one JPEG or PNG of at most `max_bytes` bytes.
+    """Save pictures side by side as one JPEG or PNG of at most `max_bytes` bytes.
+
+    Each is shrunk to fit a square cell; a row is as high as the highest in it.
 
     Args:
         images: the pictures, in reading order.
         columns: cells in a row.
         path: file to write, ending in .jpg or .png.
-        cell: side of a cell in pixels.
+        cell: side of a cell in pixels, its margin included.
         max_bytes: a JPEG's quality, then the size of the sheet, goes down until the file is no larger.
 
     Returns:
@@ -125,13 +161,17 @@ def contact_sheet(
     if not images:
         raise ValueError("a contact sheet needs at least one picture.")
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
-    for index, image in enumerate(images):
-        small = image.convert("RGB")
-        small.thumbnail((cell - 8, cell - 8))
-        left, top = index % columns * cell, index // columns * cell
-        sheet.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
+    inside = cell - SHEET_MARGIN
+    small = [image.convert("RGB") for image in images]
+    for image in small:
+        image.thumbnail((inside, inside))
+    rows = [small[start : start + columns] for start in range(0, len(small), columns)]
+    heights = [max(image.height for image in row) + SHEET_MARGIN for row in rows]
+    sheet = Image.new("RGB", (columns * cell, sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, image in enumerate(row):
+            left, top = column * cell + (cell - image.width) // 2, sum(heights[:number]) + SHEET_MARGIN // 2
+            sheet.paste(image, (left, top))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     quality, is_png = 90, path.suffix.lower() == ".png"

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image
 
 from perceptiongpt import scoring
-from perceptiongpt.drawing import contact_sheet, draw_objects
+from perceptiongpt.drawing import SHEET_MARGIN, card, contact_sheet, draw_objects
 from perceptiongpt.predict import BROKEN_IMAGE_ERRORS, InputError, read_image
 
 
 CASES = 12  # on a sheet
 CASE_COLUMNS = 4  # two cases: reference, prediction, reference, prediction
-CASE_CELL = 360
+CASE_OF_A_PICTURE = 2  # at most, where there are cases of others
+CASE_CELL = 420
+CASE_HEIGHT = 300  # of a picture
 PUBLISHED = (  # what goes to the Hub, of the metrics that were measured
     ("box_accuracy", "acc@0.5"),
     ("referring_iou", "ciou"),
@@ -87,11 +90,24 @@ def number(value) -> str:
     return "-" if value is None else str(value)
 
 
+def checkpoint_name(checkpoint: str) -> str:
+    """What to call a checkpoint: a folder by its name (`.` has one too), all else as it was given."""
+    path = Path(checkpoint)
+    return path.resolve().name if path.is_dir() else str(checkpoint)
+
+
+def counted(summary: dict, module: str, key: str) -> int:
+    """How many samples a number counts."""
+    return summary["n_of_number"].get(module, {}).get(key, summary["n_of_metric"][module])
+
+
 def table(summary: dict) -> str:
     """A summary as Markdown."""
-    lines = [f"# {summary['benchmark']}, split {summary['split']}: {summary['checkpoint']}", ""]
+    lines = [f"# {summary['benchmark']}, split {summary['split']}: {checkpoint_name(summary['checkpoint'])}", ""]
     lines += ["| metric | | value | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
     lines += metric_rows(summary)
+    if summary["pictures"] < scoring.LEAST_PICTURES:
+        lines += ["", f"Few pictures ({summary['pictures']}): take the intervals as rough."]
     for name in ("teacher_forced", "grey_picture"):
         if name in summary:
             lines += ["", f"## {name.replace('_', ' ').capitalize()}", ""]
@@ -153,7 +169,7 @@ def metric_rows(summary: dict) -> list[str]:
             if value is not None and not isinstance(value, float):  # counts, and what is no number
                 continue
             interval = summary["intervals"].get(module, {}).get(key)
-            cells = [module, key, number(value), number(interval) if interval else "", summary["n_of_metric"][module]]
+            cells = [module, key, number(value), number(interval) if interval else "", counted(summary, module, key)]
             rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
@@ -170,14 +186,15 @@ def write_hub_files(output: Path, spec: dict, summary: dict, hub_dataset: str | 
     """
     dataset = hub_dataset or spec["hub_dataset"] or f"local/{summary['benchmark']}"
     split, date = str(summary["split"]), datetime.now(UTC).strftime("%Y-%m-%d")
-    notes = f"{summary['decoding']}; n = {summary['n']}; seed {summary['seed']}; {summary['command']}"
+    notes = f"seed {summary['seed']}; {summary['command']}"
     entries, results = [], []
     for module, key in PUBLISHED:
         value = summary["metrics"].get(module, {}).get(key)
         if value is None:
             continue
         interval = summary["intervals"].get(module, {}).get(key)
-        entry_notes = f"{module}, {key}; {notes}"
+        n = counted(summary, module, key)
+        entry_notes = f"{module}, {key}; {summary['decoding']}; n = {n}; {notes}"
         if interval:
             entry_notes += f"; 95 % interval {interval[0]:.4f} to {interval[1]:.4f}"
         task = re.sub(r"[^\w.-]+", "_", f"{summary['benchmark']}_{split}_{module}_{key}")
@@ -191,18 +208,14 @@ def write_hub_files(output: Path, spec: dict, summary: dict, hub_dataset: str | 
                 metric_value=value,
                 dataset_split=split,
                 metric_name=f"{module}, {key}",
-                metric_args={
-                    "interval_95": interval,
-                    "n": summary["n_of_metric"][module],
-                    "command": summary["command"],
-                },
+                metric_args={"interval_95": interval, "n": n, "command": summary["command"]},
             )
         )
     folder = output / ".eval_results"
     folder.mkdir(exist_ok=True)
     name = re.sub(r"[^\w.+-]+", "_", f"{summary['benchmark']}_{split}.yaml")
     write_text(folder / name, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=1000))
-    model_name = Path(str(summary["checkpoint"])).resolve().name
+    model_name = Path(checkpoint_name(summary["checkpoint"])).name
     index = {"model-index": eval_results_to_model_index(model_name, results)}
     write_text(output / "model_index.yaml", yaml.safe_dump(index, sort_keys=False, width=1000))
 
@@ -258,7 +271,9 @@ def read_picture(sample: dict) -> Image.Image:
 
 def write_cases(output: Path, spec: dict, samples: list[dict], entries: dict, result, seed: int) -> None:
     """`worst.jpg`: by the headline metric, of equals the surest first; `random.jpg`: drawn by the seed."""
-    columns = result.columns.get(spec["headline"].split("/")[0]) or next(iter(result.columns.values()), {})
+    headline = spec["headline"].split("/")[0]
+    metric = headline if result.columns.get(headline) else next(iter(result.columns), headline)
+    columns = result.columns.get(metric, {})
 
     def badness(sample: dict) -> tuple:
         prediction = result.predictions[sample["id"]]
@@ -268,35 +283,55 @@ def write_cases(output: Path, spec: dict, samples: list[dict], entries: dict, re
     if samples[0]["image"] is None:  # scored without the pictures
         return
     known = [sample for sample in samples if sample["id"] in columns] or samples
-    order = np.random.default_rng(seed).permutation(len(samples))[:CASES]
-    chosen = {"worst": sorted(known, key=badness)[:CASES], "random": [samples[index] for index in order]}
+    order = np.random.default_rng(seed).permutation(len(samples))
+    chosen = {"worst": sorted(known, key=badness), "random": [samples[index] for index in order]}
     for name, some in chosen.items():
         pictures = []
-        for sample in some:
+        for sample in of_many_pictures(some)[:CASES]:
+            value = columns.get(sample["id"], {}).get("value")
+            verdict = "" if value is None else f", {scoring.METRICS[metric].value} {value:.2f}"
             try:
-                value = columns.get(sample["id"], {}).get("value")
-                pictures.extend(draw_case(sample, entries.get(sample["id"]), result.predictions[sample["id"]], value))
+                pictures += draw_case(sample, entries.get(sample["id"]), result.predictions[sample["id"]], verdict)
             except BROKEN_IMAGE_ERRORS as error:
-                pictures += [Image.new("RGB", (512, 512), "grey")] * 2
+                pictures += [Image.new("RGB", (CASE_HEIGHT, CASE_HEIGHT), "grey")] * 2
                 print(f"{name}.jpg: sample {sample['id']}: {error}")
         contact_sheet(pictures, CASE_COLUMNS, output / f"{name}.jpg", cell=CASE_CELL, max_bytes=600_000)
 
 
-def draw_case(sample: dict, entry: dict | None, prediction, value: float | None) -> list[Image.Image]:
-    """The reference and the prediction, each with its words."""
+def of_many_pictures(samples: list[dict]) -> list[dict]:
+    """The samples in their order, but what is about a picture that has had its cases comes last."""
+    seen, first, last = Counter(), [], []
+    for sample in samples:
+        seen[sample["image_id"]] += 1
+        (first if seen[sample["image_id"]] <= CASE_OF_A_PICTURE else last).append(sample)
+    return first + last
+
+
+def draw_case(sample: dict, entry: dict | None, prediction, verdict: str) -> list[Image.Image]:
+    """The reference and the prediction, each with its words; `verdict` is added to the prediction's title."""
     image = read_picture(sample)
+    width = CASE_CELL - SHEET_MARGIN
+    longer_side = max(1, int(max(image.size) * min(width / image.width, CASE_HEIGHT / image.height)))
     given = zip(sample["boxes"], sample["masks"], strict=True)
-    wanted = [_object("asked about", *one) for one in given]
-    wanted += [_object("reference", *target) for target in scoring.targets(sample)]
-    found = [
-        _object(one["phrase"] or "prediction", one["box"], one["mask"], one["score"]) for one in prediction.objects
-    ]
+    asked = [_object("asked about", *one) for one in given]
+    wanted = [_object("", *target) for target in scoring.targets(sample)]
+    labels = [one["phrase"] if wanted else "" for one in asked + wanted]  # the title says it where it is all there is
+    found = [_object(one["phrase"] or "", one["box"], one["mask"], one["score"]) for one in prediction.objects]
+    found = [one for one in found if one["box"]]
     true = scoring.plain_text(sample["answers"][0]["content"])
     said = (entry or {}).get("text") or (f"[{prediction.reason}]" if prediction.reason else "<vis>" * len(found))
-    verdict = "" if value is None else f" | counts {value:.2f}"
+    sides = (
+        (
+            "asked about" if asked and not wanted else "reference",
+            asked + wanted,
+            labels,
+            f"{sample['prompt']} | {true or '<vis>'}",
+        ),
+        (f"prediction{verdict}", found, [f"{one['phrase']} {one['score']:.2f}".strip() for one in found], f"> {said}"),
+    )
     return [
-        draw_objects(image, {"objects": wanted}, caption=f"{sample['prompt']} | {true or '<vis>'}"),
-        draw_objects(image, {"objects": [one for one in found if one["box"]]}, caption=f"> {said}{verdict}"),
+        card(draw_objects(image, {"objects": some}, labels=labels, longer_side=longer_side), title, text, width)
+        for title, some, labels, text in sides
     ]
 
 
@@ -352,7 +387,7 @@ def compare(first: str, second: str, output: str | None = None) -> str:
         "metrics": found,
     }
     lines = [f"# {one['benchmark']}, split {one['split']}: {len(common)} samples that both runs have", ""]
-    lines += [f"a: {one['checkpoint']}", "", f"b: {other['checkpoint']}", ""]
+    lines += [f"a: {one['checkpoint']} (`{first}`)", "", f"b: {other['checkpoint']} (`{second}`)", ""]
     if any(alone.values()):
         lines += [f"Not compared: {alone['only in a']} samples only in a, {alone['only in b']} only in b.", ""]
     lines += ["| metric | | a | b | b - a | 95 % interval | p |", "| --- | --- | ---: | ---: | ---: | --- | ---: |"]

@@ -15,7 +15,7 @@ import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from perceptiongpt import metrics
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
@@ -43,6 +43,7 @@ METEOR_STATISTICS = ("length", "reference_length", "function", "reference_functi
     for name in ("content_match", "reference_content_match", "function_match", "reference_function_match")
 ) + ("chunks", "matches", "reference_matches")  # fmt: skip
 LEAST_PICTURES = 10  # with fewer, intervals take samples as independent
+SAME = 1e-6  # numbers no further apart are equal: different batches round differently
 CALIBRATION_BINS = 10
 DECISION_THRESHOLDS = 101
 BENCH_SIDES = (("< 16", 0, 16), ("16-32", 16, 32 + 1e-9), ("> 32", 32 + 1e-9, math.inf))
@@ -225,7 +226,7 @@ def bleu(order: int) -> Callable[[dict], np.ndarray]:
         return np.exp(short) * np.prod(shares, axis=0) ** (1 / order)
 
     counts = (f"{name}{n}" for name in ("correct", "guess") for n in range(1, order + 1))
-    estimate.columns, estimate.is_ratio = ("length", "reference", *counts), False
+    estimate.columns, estimate.is_ratio, estimate.within_one = ("length", "reference", *counts), False, True
     return estimate
 
 
@@ -249,6 +250,7 @@ def meteor(sums: dict) -> np.ndarray:
 
 
 meteor.columns, meteor.is_ratio = tuple(f"meteor_{name}" for name in METEOR_STATISTICS), False
+meteor.within_one = True
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,12 @@ class Metric:
         columns: what the module says of one sample (`per_sample=True`) -> what the sample adds to the sums.
         more: (inputs of all samples, the module's results) -> further columns of each.
         estimates: result key -> function of the summed columns. Its attributes: `columns` (it is left out where these
-            are missing) and `is_ratio` (of the first to the second).
+            are missing), `is_ratio` (of the first to the second) and `within_one` (it lies between 0 and 1).
         detections: result key -> name among `detection_estimates`, of what is AP or AR.
         piece: what `inputs` gives -> what the sample adds to these (`detection_tables`).
         needs: of `text`, `box` and `mask`, what a prediction must have not to be a missing one.
         single: measures only samples with one target.
+        hit, value: what the columns of these names are, for people.
 
     The column `hit` says whether a sample was right, `value` how good it was: for the running score, the worst cases
     and `--compare`. Captions have no `hit`.
@@ -279,6 +282,8 @@ class Metric:
     more: Callable[[list[dict], dict], list[dict]] | None = None
     detections: dict[str, str] = field(default_factory=dict)
     piece: Callable[[dict], dict] | None = None
+    hit: str = ""
+    value: str = ""
 
 
 def _first_box(sample, prediction):
@@ -506,6 +511,8 @@ METRICS = {
         },
         needs=("box",),
         single=True,
+        hit="acc@0.5",
+        value="box IoU",
     ),
     "referring_iou": Metric(
         _first_mask,
@@ -514,6 +521,8 @@ METRICS = {
         | {f"prec@{threshold}": ratio(f"hit@{threshold}") for threshold in MASK_THRESHOLDS},
         needs=("mask",),
         single=True,
+        hit="prec@0.5",
+        value="mask IoU",
     ),
     "generalized_referring": Metric(
         _masks,
@@ -526,6 +535,8 @@ METRICS = {
             **{f"pr@{threshold}": ratio(f"hit@{threshold}", "target") for threshold in GENERALIZED_THRESHOLDS},
         },
         needs=("mask",),
+        hit="mask IoU > 0.5",
+        value="mask IoU",
     ),
     "generalized_boxes": Metric(
         _boxes,
@@ -536,13 +547,24 @@ METRICS = {
             "t_acc": ratio("target_answered", "target"),
         },
         needs=("box",),
+        hit="pr@f1",
+        value="pr@f1",
     ),
-    "vqa_accuracy": Metric(_question, _question_columns, {"accuracy": ratio("value")}, needs=("text",)),
+    "vqa_accuracy": Metric(
+        _question,
+        _question_columns,
+        {"accuracy": ratio("value")},
+        needs=("text",),
+        hit="accuracy >= 0.5",
+        value="accuracy",
+    ),
     "pope": Metric(
         _yes_no,
         _yes_no_columns,
         yes_no_estimates("") | yes_no_estimates("strict_"),
         needs=("text",),
+        hit="accuracy",
+        value="accuracy",
     ),
     "caption_scores": Metric(
         _caption,
@@ -552,6 +574,8 @@ METRICS = {
         | {"meteor": meteor},
         needs=("text",),
         more=caption_columns,
+        hit="answered",
+        value="CIDEr",
     ),
     "grounded_caption": Metric(
         _grounded,
@@ -566,6 +590,8 @@ METRICS = {
         more=grounded_columns,
         detections={"ap50": "segm_ap50"},
         piece=_grounded_piece,
+        hit="answered",
+        value="phrases found",
     ),
     "coco_detection": Metric(
         _detections,
@@ -574,6 +600,7 @@ METRICS = {
         needs=("box",),
         detections={name: name for name in DETECTION_ESTIMATES},
         piece=dict,
+        hit="answered",
     ),
 }
 
@@ -593,6 +620,7 @@ class Result:
     metrics: dict[str, dict]
     intervals: dict[str, dict]
     n_of_metric: dict[str, int]
+    n_of_number: dict[str, dict[str, int]]  # of the numbers that count only some of a metric's samples
     columns: dict[str, dict[str, dict]]  # metric -> id -> column -> value
     pieces: dict[str, dict[str, dict]]  # metric -> id -> what AP is made of
     predictions: dict[str, Prediction]
@@ -607,8 +635,9 @@ class Result:
             "intervals": self.intervals,
             "interval": "95 %: shares binomial (Wilson, widened by how alike the samples of a picture are), others "
             f"bootstrap over pictures, {RESAMPLES} resamples (AP {AP_RESAMPLES}); over samples where there are fewer "
-            f"than {LEAST_PICTURES} pictures",
+            f"than {LEAST_PICTURES} pictures; binomial where all resamples are equal",
             "n_of_metric": self.n_of_metric,
+            "n_of_number": self.n_of_number,
             "missing": dict(self.missing.most_common()),
             "emission": self.emission,
             "speed": self.speed,
@@ -656,7 +685,7 @@ class Scorer:
     def score(self, samples: list[dict], entries: dict[str, dict]) -> Result:
         """All numbers of all samples; one without an entry, or with a bad one, counts as wrong."""
         predictions = {sample["id"]: self.check(sample, entries.get(sample["id"])) for sample in samples}
-        values, intervals, counts, columns, pieces = {}, {}, {}, {}, {}
+        values, intervals, counts, parts_of, columns, pieces = {}, {}, {}, {}, {}, {}
         for name in self.metrics:
             chosen = [sample for sample in samples if self.applies(name, sample)]
             counts[name] = len(chosen)
@@ -665,6 +694,7 @@ class Scorer:
             found = [predictions[sample["id"]] for sample in chosen]
             values[name], intervals[name], rows, parts = measure(name, chosen, found)
             ids = [sample["id"] for sample in chosen]
+            parts_of[name] = counted_samples(rows, METRICS[name].estimates) if rows else {}
             columns[name] = dict(zip(ids, rows, strict=True)) if rows else {}
             pieces[name] = dict(zip(ids, parts, strict=True)) if parts else {}
         missing = Counter(prediction.reason for prediction in predictions.values() if prediction.reason)
@@ -674,6 +704,7 @@ class Scorer:
             values,
             intervals,
             counts,
+            parts_of,
             columns,
             pieces,
             predictions,
@@ -701,7 +732,11 @@ def measure(name: str, samples: list[dict], predictions: list[Prediction]) -> tu
         intervals = intervals_of(rows, metric.estimates, [sample["image_id"] for sample in samples])
     if pieces:
         found = detection_estimates(samples, pieces, AP_RESAMPLES)
-        intervals |= {key: centred_percentiles(found[it]) for key, it in metric.detections.items() if it in found}
+        for key, other in metric.detections.items():
+            if other in found:
+                pictures = pictures_with_objects(samples, pieces, other)
+                found[other][0] = values[key]  # another sum may differ in the last digit
+                intervals[key] = wide_enough(centred_percentiles(found[other]), values[key], pictures)
     return clean_numbers(values), intervals, rows, pieces
 
 
@@ -717,6 +752,17 @@ def column_table(rows: list[dict]) -> dict[str, np.ndarray]:
     """Columns of all samples, with `one` for counting them."""
     table = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     return table | {"one": np.ones(len(rows))}
+
+
+def counted_samples(rows: list[dict], estimates: dict[str, Callable]) -> dict[str, int]:
+    """How many samples count for an estimate that leaves some out, as a share of those without a target does."""
+    table, found = column_table(rows), {}
+    for key, estimate in estimates.items():
+        if estimate.is_ratio and set(estimate.columns) <= set(table):
+            counted = table[estimate.columns[1]]
+            if np.isin(counted, (0, 1)).all() and not counted.all():
+                found[key] = int(counted.sum())
+    return found
 
 
 def sample_groups(pictures: list[str]) -> np.ndarray:
@@ -752,7 +798,10 @@ def intervals_of(
             found[key] = share_interval(*parts, groups)
         else:
             sums = sums or resampled_sums(table, groups, picture_weights(groups, RESAMPLES))
-            found[key] = percentiles(estimate(sums))
+            whole = float(estimate({name: values.sum() for name, values in table.items()}))
+            counted = table[estimate.columns[1] if estimate.is_ratio else "one"] > 0
+            drawn = percentiles(estimate(sums))
+            found[key] = wide_enough(drawn, whole if estimate.within_one else None, len(np.unique(groups[counted])))
     return found
 
 
@@ -760,6 +809,17 @@ def percentiles(values: np.ndarray) -> list[float] | None:
     """The middle 95 % of resampled values."""
     values = values[np.isfinite(values)]
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else None
+
+
+def wide_enough(interval: list[float] | None, share: float | None, n: int) -> list[float] | None:
+    """The interval of resamples, unless they are all equal: as sure as that no small set is.
+
+    In their place comes Wilson's interval of `share` among `n` pictures, as no mean of numbers between 0 and 1 varies
+    more than a share; None where the number has no such bounds (`share` is None).
+    """
+    if interval is None or interval[1] - interval[0] > SAME:
+        return interval
+    return None if share is None else wilson(share, n)
 
 
 def centred_percentiles(values: np.ndarray) -> list[float] | None:
@@ -784,10 +844,15 @@ def share_interval(hits: np.ndarray, counted: np.ndarray, groups: np.ndarray) ->
     if binomial > 0 and pictures > 1:
         residuals = np.bincount(groups, hits - share * counted)
         effect = max(1.0, (residuals**2).sum() / n**2 * pictures / (pictures - 1) / binomial)
-    n /= effect
+    return wilson(share, n / effect)
+
+
+def wilson(share: float, n: float) -> list[float]:
+    """Wilson's 95 % interval of a share of `n`."""
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return [max(float(centre - half), 0.0), min(float(centre + half), 1.0)]
+    low, high = float(centre - half), float(centre + half)
+    return [max(min(low, float(share)), 0.0), min(max(high, float(share)), 1.0)]  # whatever the last digit is
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
@@ -817,6 +882,16 @@ def detection_tables(samples: list[dict], pieces: list[dict]) -> tuple[dict, lis
     table = {"info": {}, "images": list(pictures.values()), "annotations": annotations}
     table["categories"] = [{"id": number, "name": name} for name, number in categories.items()]
     return table, results
+
+
+def pictures_with_objects(samples: list[dict], pieces: list[dict], name: str) -> int:
+    """The number of pictures that one of `detection_estimates` is about: those with an object of its size."""
+    params = Params(iouType="bbox")
+    low, high = dict(zip(params.areaRngLbl, params.areaRng, strict=True)).get(name.split("_")[-1], params.areaRng[0])
+    pairs = zip(samples, pieces, strict=True)
+    return len(
+        {sample["image_id"] for sample, piece in pairs if any(low <= one["area"] <= high for one in piece["true"])}
+    )
 
 
 def detection_estimates(samples: list[dict], pieces: list[dict], resamples: int) -> dict[str, np.ndarray]:
@@ -1028,14 +1103,15 @@ def _reliability(scores: np.ndarray, right: np.ndarray, pictures: np.ndarray, wa
 
     weights = picture_weights(groups, RESAMPLES)
     errors = expected_error(resampled_sums(columns, groups, np.concatenate([np.ones_like(weights[:1]), weights])))
+    error = float(errors[0])
     order = np.argsort(-scores, kind="mergesort")
     last = np.append(np.diff(scores[order]) != 0, True)  # equal scores are kept or dropped together
     kept, hits = np.arange(1, len(order) + 1)[last], np.cumsum(right[order])[last]
     thin = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), DECISION_THRESHOLDS)).round().astype(int))
     return {
         "n": len(scores),
-        "ece": float(errors[0]),
-        "ece_interval": centred_percentiles(errors),
+        "ece": error,
+        "ece_interval": wide_enough(centred_percentiles(errors), error, weights.shape[1]),
         "mean_score": float(scores.mean()),
         "accuracy": float(right.mean()),
         "bins": bins,
@@ -1115,6 +1191,9 @@ def paired_differences(first: dict[str, dict], second: dict[str, dict], name: st
     if metric.columns:
         groups = sample_groups([first[one]["image_id"] for one in ids])
         tables = [column_table([run[one]["columns"][name] for one in ids]) for run in runs]
+        for column in set(tables[0]) & set(tables[1]):
+            same = abs(tables[1][column] - tables[0][column]) < SAME
+            tables[1][column] = np.where(same, tables[0][column], tables[1][column])
         weights = picture_weights(groups, RESAMPLES)
         sums = [resampled_sums(table, groups, weights) for table in tables]
         wholes = [{column: numbers.sum() for column, numbers in table.items()} for table in tables]

@@ -503,17 +503,22 @@ def predict_all(
     grey: bool = False,
     running: Callable[[dict, dict], float | None] = lambda sample, entry: None,
     title: str = "",
+    what: str = "",
 ) -> dict[str, dict]:
     """The predictions of all samples by id: those on disk, and of the others what `answer_some(samples, images)` gives.
 
-    Every process answers its share and writes it down batch by batch.
+    Every process answers its share and writes it down batch by batch, and shows the mean of `running`, called `what`.
     """
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         collect(folder, samples)
     state.wait_for_everyone()
     done = {entry["id"] for entry in read_entries(folder / "predictions.jsonl")}
-    todo = [sample for sample in samples if sample["id"] not in done][state.process_index :: state.num_processes]
+    missing = [sample for sample in samples if sample["id"] not in done]
+    if len(missing) < len(samples) and state.is_main_process:
+        kept = len(samples) - len(missing)
+        print(f"{title}: {kept} of {len(samples)} samples are on disk already", file=sys.stderr)
+    todo = missing[state.process_index :: state.num_processes]
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     scores, path = [], folder / PARTS.format(state.process_index)
     state.wait_for_everyone()  # nobody collects again before everybody has read
@@ -533,7 +538,7 @@ def predict_all(
             values = (running(sample, entry) for sample, entry in zip(batch, entries, strict=True))
             scores += [value for value in values if value is not None]
             if scores:
-                progress.set_postfix_str(f"right {sum(scores) / len(scores):.3f}", refresh=False)
+                progress.set_postfix_str(f"{what} {sum(scores) / len(scores):.3f}", refresh=False)
             progress.update(len(batch))
     state.wait_for_everyone()
     entries = collect(folder, samples) if state.is_main_process else {}
@@ -649,6 +654,7 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
             return predict_all(
                 some, folder, options.batch_size, answer_some, state, grey,
                 lambda sample, entry: scorer.running(headline, sample, entry), title,
+                scoring.METRICS[headline.split("/")[0]].hit,
             )  # fmt: skip
 
         predicted = {"": run_pass(spec["name"], output, answer)}
@@ -697,7 +703,7 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
             some = scoring.TEACHER_FORCED if name == "teacher_forced" else set(measured)
             modules = {key: tasks for key, tasks in measured.items() if key in some}
             beside = scoring.Scorer(modules, options.threshold).score(chosen[name], entries).summary()
-            summary[name] = {key: beside[key] for key in ("metrics", "intervals", "n_of_metric")}
+            summary[name] = {key: beside[key] for key in ("metrics", "intervals", "n_of_metric", "n_of_number")}
     if str(options.split).startswith("scenes-bench"):
         summary |= scoring.bench_details(samples, result, options)
     reporting.write(output, spec, summary, samples, predicted[""], result, options.hub_dataset)

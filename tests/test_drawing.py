@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from perceptiongpt.drawing import LEAST_LONGER_SIDE, contact_sheet, draw_objects
+from perceptiongpt.drawing import LEAST_LONGER_SIDE, SHEET_MARGIN, card, contact_sheet, draw_objects
 
 
 def make_object(box, mask=None, phrase="the red cup", score=0.9):
@@ -44,6 +44,34 @@ def test_objects_have_their_own_colours():
     assert len({drawn.getpixel((int(box[0]) + 40, 150)) for box in boxes}) == 8
 
 
+def test_an_object_without_a_label_is_not_hidden():
+    box = [300.0, 200.0, 306.0, 206.0]
+    drawn = {}
+    for label in ("", "0.93"):
+        picture = draw_objects(Image.new("RGB", (600, 400)), {"objects": [make_object(box)]}, labels=[label])
+        drawn[label] = (np.asarray(picture) != 0).any(axis=-1)
+    assert not drawn[""][:190].any() and not drawn[""][:, 320:].any() and drawn[""].any()
+    assert drawn["0.93"].sum() > 2 * drawn[""].sum()
+
+
+@pytest.mark.parametrize("size", [(100, 50), (2000, 1000)])
+def test_size_to_draw_at(size):
+    mask = np.ones(size[::-1], dtype=bool)
+    objects = [make_object([0.0, 0.0, *map(float, size)], mask)]
+    assert draw_objects(Image.new("RGB", size), {"objects": objects}, longer_side=300).size == (300, 150)
+
+
+def test_a_card_cuts_what_does_not_fit():
+    picture = Image.new("RGB", (200, 100), "teal")
+    plain, long, longer = (card(picture, "reference", "Where is it? " * times, 300) for times in (0, 50, 500))
+    assert plain.width == long.width == 300 and plain.height < long.height == longer.height < 250
+    for one in (plain, long):
+        pixels = np.asarray(one)
+        place = (pixels == (0, 128, 128)).all(axis=-1)
+        assert place.sum() == 200 * 100 and place[:, 50:250].sum() == 200 * 100  # all of the picture, in the middle
+        assert (pixels[: int(place.any(1).argmax())].min(axis=-1) < 100).any()  # the title is above it
+
+
 def test_caption_goes_below():
     drawn = draw_objects(Image.new("RGB", (600, 400)), {"objects": []}, caption="There is no zebra. " * 20)
     assert drawn.width == 600 and drawn.height > 450
@@ -63,5 +91,9 @@ def test_contact_sheet_stays_small(tmp_path):
     assert path.stat().st_size <= 200_000
     with Image.open(path) as sheet:
         assert sheet.width > sheet.height > 100
+    sizes = [(400, 100), (400, 200), (100, 400)]
+    path = contact_sheet([Image.new("RGB", size) for size in sizes], 2, tmp_path / "rows.png", cell=208)
+    with Image.open(path) as sheet:  # rows no higher than they need to be
+        assert sheet.size == (2 * 208, 100 + SHEET_MARGIN + 200 + SHEET_MARGIN)
     with pytest.raises(ValueError, match="at least one picture"):
         contact_sheet([], columns=2, path=tmp_path / "none.jpg")

@@ -137,7 +137,7 @@ def test_every_benchmark_names_what_exists():
         assert set(spec["tasks"]) <= tasks and spec["splits"][0], name
         module, key = spec["headline"].split("/")
         assert module in spec["metrics"], name
-        assert key in scoring.METRICS[module].estimates, name
+        assert key in scoring.METRICS[module].estimates and scoring.METRICS[module].hit, name
 
 
 def test_what_is_wrong_with_a_benchmark_is_said(tmp_path, capsys):
@@ -306,13 +306,15 @@ def assert_same_numbers(first: dict, second: dict) -> None:
 
 
 def test_batches_and_an_interrupted_run_give_the_same_numbers(
-    mini, eager_model_dir, tmp_path, monkeypatch, no_pictures
+    mini, eager_model_dir, tmp_path, monkeypatch, no_pictures, capsys
 ):
     model = ["--model", eager_model_dir, "--device", "cpu", *mini]
     by_eight = run(*model, "--output", tmp_path / "eight")
     assert by_eight["n"] == 8 and by_eight["decoding"].startswith("free-running")
     assert by_eight["metrics"]["referring_iou"]["miou"] > 0 and by_eight["emission"]["rate"] > 0.5
     assert_same_numbers(by_eight, run(*model, "--output", tmp_path / "one", "--batch_size", 1))
+    shown = capsys.readouterr().err
+    assert f"acc@0.5 {by_eight['metrics']['box_accuracy']['acc@0.5']:.3f}" in shown and "on disk" not in shown
 
     asked, real = [], validate.answer
 
@@ -332,6 +334,7 @@ def test_batches_and_an_interrupted_run_give_the_same_numbers(
     monkeypatch.setattr(validate, "answer", lambda *args: asked.extend(s["id"] for s in args[2]) or real(*args))
     summary = run(*model, "--output", tmp_path / "killed", "--batch_size", 2)
     assert Counter(asked) == Counter(sample["id"] for sample in samples_of(*mini))  # nothing twice
+    assert "refcoco: 4 of 8 samples are on disk already" in capsys.readouterr().err
     assert_same_numbers(by_eight, summary)
     files = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("eight", "killed")]
     assert [json.loads(line)["id"] for line in files[0]] == [json.loads(line)["id"] for line in files[1]]
@@ -463,6 +466,18 @@ def test_every_task_of_ones_own_labels_is_perfect_with_perfect_predictions(data_
         ("coco_detection", "segm_ap"),
     ):
         assert found[module][key] == pytest.approx(1), (module, key)
+    without = sum(sample["task"] == "no_target" for sample in samples)
+    detected = sum(sample["task"] in ("detect", "no_target") for sample in samples)
+    rows = (tmp_path / "a" / "summary.md").read_text().splitlines()
+    notes = "".join(file.read_text() for file in (tmp_path / "a" / ".eval_results").glob("*.yaml"))
+    for module, key, n in (
+        ("generalized_referring", "n_acc", without),
+        ("coco_detection", "bbox_ap", detected),
+        ("box_accuracy", "acc@0.5", summary["metrics"]["box_accuracy"]["n"]),
+    ):
+        assert 0 < n < 60
+        assert [row for row in rows if row.startswith(f"| {module} | {key} |") and row.endswith(f" | {n} |")], key
+        assert f"{module}, {key}; given predictions; n = {n};" in notes
     assert summary["calibration"]["box"]["ece"] == pytest.approx(0.1)
     assert summary["calibration"]["no_target"]["n_acc"][1] == 1
 
@@ -618,8 +633,41 @@ def test_an_interval_of_ap_holds_the_ap_though_that_of_drawn_samples_is_larger()
 def test_ap_of_no_detection_at_all_has_an_interval():
     samples, _ = detection_set(1)
     result = scoring.Scorer({"coco_detection": None}).score(samples, {})
+    pieces = list(result.pieces["coco_detection"].values())
     assert result.metrics["coco_detection"]["bbox_ap"] == 0
-    assert result.intervals["coco_detection"]["bbox_ap"] == result.intervals["coco_detection"]["segm_ar10"] == [0, 0]
+    for key, interval in result.intervals["coco_detection"].items():
+        assert interval == scoring.wilson(0, scoring.pictures_with_objects(samples, pieces, key)), key
+
+
+def test_equal_resamples_make_no_interval_without_width():
+    from scipy.stats import binomtest
+
+    samples = [made_sample(number, [(5, 5, 25, 30)], image_id=str(number % 3)) for number in range(13)]
+    wrong = {sample["id"]: made_entry(sample, [(40, 5, 55, 30)]) for sample in samples}
+    right = {sample["id"]: perfect(sample) for sample in samples}
+    names = dict.fromkeys(("box_accuracy", "referring_iou", "generalized_referring", "coco_detection"))
+    for entries, share in ((wrong, 0), (right, 1)):
+        result = scoring.Scorer(names).score(samples, entries)
+        for module, intervals in result.intervals.items():
+            for key, interval in intervals.items():
+                value = result.metrics[module][key]
+                if value is None:
+                    assert interval is None, key
+                else:
+                    assert interval[0] <= value <= interval[1] and interval[1] - interval[0] > 0.01, key
+        for key, n in (("referring_iou/ciou", 13), ("coco_detection/segm_ap", 3), ("coco_detection/bbox_ap_small", 3)):
+            module, key = key.split("/")
+            wilson = binomtest(n * share, n).proportion_ci(method="wilson")
+            assert result.intervals[module][key] == pytest.approx([wilson.low, wilson.high], abs=1e-6), key
+    cider = scoring.ratio("value", within_one=False)
+    assert scoring.intervals_of([{"value": 0.4}] * 3, {"cider": cider}, ["a", "b", "c"]) == {"cider": None}
+
+
+def test_one_large_object_does_not_make_ap_of_large_ones_sure():
+    samples, _ = detection_set(1)
+    pieces = [{"true": [{"area": 100.0 + 9900 * (sample is samples[0])}]} for sample in samples]
+    counts = [scoring.pictures_with_objects(samples, pieces, f"bbox_{key}") for key in ("ap", "ap50", "ap_large")]
+    assert counts == [12, 12, 1]
 
 
 def test_sums_of_answers_make_popes_numbers():
@@ -718,7 +766,8 @@ def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
     assert values["gained"] == missed and values["lost"] == [] and result["n"] == 8
     row = values["estimates"]["acc@0.5"]
     assert (row["a"], row["b"], row["difference"]) == (0.5, 1, 0.5) and row["interval"][0] > 0 and row["p"] < 0.05
-    assert f"- {missed[0]}: {samples[0]['prompt']}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"- {missed[0]}: {samples[0]['prompt']}" in shown and f"(`{a}`)" in shown and f"(`{b}`)" in shown
 
     assert validate.main(["--compare", a, str(tmp_path / "worse")]) == 0
     same = scoring.paired_differences(*[reporting.read_run(a)[1]] * 2, "referring_iou")
@@ -727,6 +776,20 @@ def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
     other = json.loads(Path(a).read_text()) | {"split": "val"}
     Path(a).write_text(json.dumps(other))
     assert validate.main(["--compare", a, b]) == 2
+
+
+def test_rounding_is_no_difference():
+    samples, entries = noisy_set(3)
+    result = scoring.Scorer({"box_accuracy": ["refer"]}).score(samples, entries)
+    runs = []
+    for noise in (0, 1e-7):
+        columns = {name: row | {"value": row["value"] - noise} for name, row in result.columns["box_accuracy"].items()}
+        known = {sample["id"]: sample for sample in samples if sample["id"] in columns}
+        runs.append(
+            {name: one | {"columns": {"box_accuracy": columns[name]}, "pieces": {}} for name, one in known.items()}
+        )
+    row = scoring.paired_differences(*runs, "box_accuracy")["estimates"]["miou"]
+    assert (row["difference"], row["interval"], row["p"]) == (0, [0, 0], 1)
 
 
 def test_ap_is_compared_on_the_same_pictures(tmp_path):
@@ -748,6 +811,33 @@ def test_ap_is_compared_on_the_same_pictures(tmp_path):
         assert [row["a"], row["b"]] == pytest.approx([one.metrics["coco_detection"][key] for one in results]), key
     assert found["bbox_ap"]["interval"][0] > 0 and found["bbox_ap"]["p"] < 0.05
     assert set(found) == set(scoring.DETECTION_ESTIMATES)
+
+
+# ---- what people read ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_in_this_folder_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny-model").mkdir()
+    monkeypatch.chdir(tmp_path / "tiny-model")
+    assert reporting.checkpoint_name(".") == "tiny-model"
+    assert reporting.checkpoint_name("owner/model") == "owner/model"
+
+
+def test_cases_are_of_many_pictures():
+    samples = [made_sample(number, [], image_id="a" if number < 5 else str(number)) for number in range(8)]
+    order = [int(sample["id"].split("-")[0]) for sample in reporting.of_many_pictures(samples)]
+    assert order == [0, 1, 5, 6, 7, 2, 3, 4]
+
+
+def test_a_case_shows_both_sides_at_any_shape(tmp_path):
+    for size in ((60, 40), (40, 900), (3000, 2)):
+        Image.new("RGB", size, "teal").save(tmp_path / "picture.png")
+        image = {"image": {"path": str(tmp_path / "picture.png"), "bytes": None}}
+        sample = made_sample(0, [], boxes=[], masks=[], **image) | dict(zip(("width", "height"), size, strict=True))
+        found = scoring.check_prediction(sample, {"objects": [{"box": [1, 0, 9, 2], "score": 0.5}]}, 0, set())
+        cards = reporting.draw_case(sample, None, found, ", box IoU 0.00")
+        assert [one.width for one in cards] == [reporting.CASE_CELL - reporting.SHEET_MARGIN] * 2
+        assert max(one.height for one in cards) <= reporting.CASE_CELL, size
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
