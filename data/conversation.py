@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS, IMAGE_TOKEN
-from perceptiongpt.data.reading import Problems, find_coco_image, find_image, picture_size, safe_join
+from perceptiongpt.data.reading import (
+    COCO_NAMES,
+    MissingPicture,
+    Problems,
+    find_coco_image,
+    find_image,
+    picture_size,
+    safe_join,
+)
 from perceptiongpt.data.schema import check_size, check_unicode, clip_box
 from perceptiongpt.data.templates import stable_generator
 
@@ -69,7 +77,7 @@ def each_record(
         try:
             made = list(make(record))
         except ValueError as error:
-            problems.report(where, str(error))
+            problems.report(where, error)
             continue
         yield from made
 
@@ -194,18 +202,19 @@ class Pictures:
         return {"image": {"path": str(path), "bytes": None}, "width": width, "height": height}
 
     def find(self, *names: str, coco_id: int | None = None) -> Path:
-        """The path of a picture; `ValueError` if there is none, or a name leaves its folder."""
-        errors = []
+        """The path of a picture; `MissingPicture` if there is none, `ValueError` if a name leaves its folder."""
         for folder in self.folders:
             for look_up in [(find_image, name) for name in names] + [(find_coco_image, coco_id)]:
                 try:
                     if look_up[1] is not None:
                         return look_up[0](folder, look_up[1])
-                except ValueError as error:
-                    if "leaves" in str(error):
-                        raise
-                    errors.append(error)
-        raise errors[-1]
+                except MissingPicture:
+                    continue
+        first = names[0] if names else COCO_NAMES[0].format(coco_id)
+        raise MissingPicture(
+            f"image {first!r} is not in {', '.join(map(str, self.folders))}; say with --images where the pictures "
+            "are, or do without them (--no_images) or without these records (--on_error skip)"
+        )
 
 
 def stated_size(record: dict) -> tuple[int, int] | None:

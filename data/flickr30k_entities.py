@@ -95,7 +95,7 @@ def flickr30k_entities_rows(
             captions = _read_sentences(texts[name]["txt"])
             columns = pictures.columns(f"{name}.jpg", size=size)
         except ValueError as error:
-            problems.report(f"{archives[0]}: picture {name}", str(error))
+            problems.report(f"{archives[0]}: picture {name}", error)
             continue
         captions = [caption for number, caption in enumerate(captions, 1) if (name, number) not in unrelated]
         columns |= {"source": "flickr30k_entities", "image_id": name, "split": split}

@@ -87,7 +87,7 @@ def hub_rows(
     """Yield the rows of a Hub data set; it is streamed, not downloaded as a whole.
 
     Args:
-        root: its id, or a local folder.
+        root: its id, or a local folder or file.
         split: one of its splits.
         annotations: files of the data set, instead of all (`data_files` of `load_dataset`).
         images: the folder of pictures that are given by path (COCO's also under their other names), default `root`;
@@ -96,8 +96,9 @@ def hub_rows(
         seed, evaluation: of the prompts; the fixed evaluation prompts instead.
         limit: only the first `limit` records.
         problems: takes what is wrong with a record; default: raise.
-        columns: role -> column, as a mapping or as "role=column role=column"; default: by the columns of known data
-            sets.
+        columns: which column has which role, as a mapping, as "role=column role=column", or as a list of such pairs
+            (`--columns image=photo phrase=answer box=bbox`). A column `image` needs no mention. Default: by the
+            columns of known data sets.
         box_format: one of `BOX_FORMATS`; pixels unless relative.
         name: a configuration of the data set.
 
@@ -106,6 +107,8 @@ def hub_rows(
             or record. A record that none of the tasks fits is left out and counted.
     """
     problems = problems or Problems()
+    if annotations is None and Path(root).is_file():
+        root, annotations = Path(root).parent, [root]
     files = None if annotations is None else {split: [str(path) for path in annotations]}
     try:
         if files is not None and not Path(root).is_dir():
@@ -176,6 +179,8 @@ def _find_mapping(columns, box_format: str, found: list[str], root: str) -> tupl
         raise ValueError(f"unknown roles {unknown}; there are {', '.join(ROLES)}")
     if missing := sorted(set(columns.values()) - set(found)):
         raise ValueError(f"{root}: there are no columns {missing}; found {', '.join(found)}")
+    if "image" not in columns and "image" in found:
+        columns = {"image": "image", **columns}
     if "image" not in columns:
         raise ValueError(f"{root}: no column has the role 'image'")
     if box_format not in BOX_FORMATS:
@@ -280,7 +285,10 @@ def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, in
         path = next(
             (str(Path(path).relative_to(folder)) for folder in folders if Path(path).is_relative_to(folder)), path
         )
-    there = safe_join(root, path)
+    try:
+        there = safe_join(root, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; pictures elsewhere need --images FOLDER, the folder that holds them") from error
     if not pictures.wanted and size is None and there.is_file():
         size = picture_size(there)
     coco_id = coco_image_id(path)

@@ -165,8 +165,13 @@ def answer_slots_of(row: dict) -> list[bool]:
     ]
 
 
-def label_rows(rows: list[dict], labeller: MaskLabeller, batch_size: int, min_iou: float) -> tuple[list[dict], Counter]:
-    """Rows with the masks that their answers lack, and how many were predicted, kept, too uncertain and empty."""
+def label_rows(
+    rows: list[dict], labeller: MaskLabeller, batch_size: int, min_iou: float, bar: tqdm | None = None
+) -> tuple[list[dict], Counter]:
+    """Rows with the masks that their answers lack, and how many were kept, too uncertain and empty.
+
+    `bar` counts the rows of the pictures that went through the model.
+    """
     pictures = []  # (rows of one picture, its boxes in want of a mask, each once)
     for _, group in groupby(enumerate(rows), lambda item: picture_key(item[1]) or item[0]):
         own = [row for _, row in group]
@@ -178,6 +183,8 @@ def label_rows(rows: list[dict], labeller: MaskLabeller, batch_size: int, min_io
         images = [_open_picture(own[0]) for own, _ in some]
         for (own, boxes), masks in zip(some, labeller(images, [boxes for _, boxes in some]), strict=True):
             found[id(own)] = dict(zip(boxes, masks, strict=True))
+        if bar is not None:
+            bar.update(sum(len(own) for own, _ in some))
     labelled = []
     for own, _ in pictures:
         for row in own:
@@ -259,8 +266,11 @@ def label_masks(
             spawn = multiprocessing.get_context("spawn")
             pools = [ProcessPoolExecutor(1, spawn, initializer=end_with_parent) for _ in work_of]
             try:
-                jobs = [pool.submit(_label_files, *own, *common) for pool, own in zip(pools, work_of, strict=True)]
-                for job in tqdm(jobs, disable=not progress, desc="processes"):
+                jobs = [
+                    pool.submit(_label_files, *own, *common, progress, line)
+                    for line, (pool, own) in enumerate(zip(pools, work_of, strict=True))
+                ]
+                for job in jobs:
                     job.result()
             finally:
                 for pool in pools:
@@ -278,19 +288,26 @@ def label_masks(
     return done
 
 
-def _label_files(files, device, output, work, model, dtype, boxes_per_pass, batch_size, min_iou, progress=False):
+def _label_files(
+    files, device, output, work, model, dtype, boxes_per_pass, batch_size, min_iou, progress=False, line=0
+):
+    """Label shards in one process, whose bar stands in this line of the terminal."""
     if not files:
         return
     labeller = MaskLabeller(model, device, dtype, boxes_per_pass)
-    for file in tqdm(files, disable=not progress, desc="shards"):
-        table = parquet.read_table(file)
-        several = pyarrow.types.is_list(table.schema.field("image").type)
-        schema = Features({**row_features(several), "mask_iou": List(Value("float32"))}).arrow_schema
-        rows, counts = label_rows(table.to_pylist(), labeller, batch_size, min_iou)
-        group_rows = parquet.ParquetFile(file).metadata.row_group(0).num_rows if len(rows) else None
-        labelled = pyarrow.Table.from_pylist(rows, schema=schema)
-        replace_file(output / file.name, lambda new: parquet.write_table(labelled, new, group_rows))
-        write_json(work / f"{file.name}.json", dict(counts))
+    total, before = sum(parquet.read_metadata(file).num_rows for file in files), 0
+    with tqdm(total=total, disable=not progress, desc=f"process {line}", unit=" rows", position=line) as bar:
+        for file in files:
+            table = parquet.read_table(file)
+            several = pyarrow.types.is_list(table.schema.field("image").type)
+            schema = Features({**row_features(several), "mask_iou": List(Value("float32"))}).arrow_schema
+            rows, counts = label_rows(table.to_pylist(), labeller, batch_size, min_iou, bar)
+            group_rows = parquet.ParquetFile(file).metadata.row_group(0).num_rows if len(rows) else None
+            labelled = pyarrow.Table.from_pylist(rows, schema=schema)
+            replace_file(output / file.name, lambda new: parquet.write_table(labelled, new, group_rows))
+            write_json(work / f"{file.name}.json", dict(counts))
+            before += len(rows)
+            bar.update(before - bar.n)  # the rows that want no mask
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

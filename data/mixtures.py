@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Image, interleave_datasets
-from pyarrow import parquet
+from pyarrow import compute, parquet
 from torch.utils.data import get_worker_info
 
 from perceptiongpt.data.collator import picture_key
@@ -85,20 +85,22 @@ class Part:
         self.name, self.weight, self.per_epoch = name, float(weight), per_epoch
         self.groups = []  # (file, its row group)
         groups, rows, images = [], [], set()
-        self.left_out_rows = 0
+        self.left_out_rows = self.unanswered_rows = 0
         for file in files:
             content = parquet.ParquetFile(file, pre_buffer=False)
             for group in range(content.num_row_groups):
                 count = content.metadata.row_group(group).num_rows
                 if _lacks_pictures(content.metadata.row_group(group)):
                     raise ValueError(f"{name}: {file} was prepared without its pictures and cannot be trained on")
-                kept = np.arange(count, dtype=np.int32)
+                kept = np.flatnonzero(_are_answered(content, group)).astype(np.int32)
+                self.unanswered_rows += count - len(kept)
                 if is_left_out is not None:
                     keys = _pictures_of(content, group)
                     left_out = {key for key in dict.fromkeys(keys) if is_left_out(*key)}
-                    kept = kept[[key not in left_out for key in keys]] if left_out else kept
+                    stays = [keys[row] not in left_out for row in kept]
                     images |= left_out
-                    self.left_out_rows += count - len(kept)
+                    self.left_out_rows += len(stays) - sum(stays)
+                    kept = kept[stays]
                 rows.append(kept)
                 groups.append(np.full(len(kept), len(self.groups), dtype=np.int32))
                 self.groups.append((file, group))
@@ -107,7 +109,8 @@ class Part:
         self._row = np.concatenate(rows) if rows else np.zeros(0, np.int32)
         self._tables = OrderedDict()
         if not len(self):
-            raise ValueError(f"{name}: has no rows to train on; {self.left_out_rows} were left out")
+            reasons = f"{self.left_out_rows} were left out, {self.unanswered_rows} have no answer"
+            raise ValueError(f"{name}: has no rows to train on; {reasons}")
 
     def __len__(self) -> int:
         return len(self._row)
@@ -165,6 +168,17 @@ def _lacks_pictures(group) -> bool:
     return bool(found) and all(found)
 
 
+def _are_answered(content: parquet.ParquetFile, group: int) -> np.ndarray:
+    """Whether each row of a group has a turn of the assistant: questions alone are for measuring."""
+    (roles,) = (path for path in (column.path for column in content.schema) if re.fullmatch(r"messages\..*role", path))
+    messages = content.read_row_group(group, [roles], use_threads=False).column("messages").combine_chunks()
+    of_assistant = compute.equal(compute.struct_field(messages.flatten(), "role"), "assistant")
+    rows = compute.list_parent_indices(messages).to_numpy()
+    answered = np.zeros(len(messages), dtype=bool)
+    answered[rows[of_assistant.to_numpy(zero_copy_only=False)]] = True
+    return answered
+
+
 def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
     """(source, `image_id`, paths of the pictures) of each row of a group; embedded pictures are not read."""
     paths = [name for name in (column.path for column in content.schema) if re.fullmatch(r"image\..*\bpath", name)]
@@ -185,7 +199,7 @@ class DrawnPart:
         arguments: of `ScenesDataset`.
     """
 
-    left_out_rows = left_out_images = 0
+    left_out_rows = left_out_images = unanswered_rows = 0
 
     def __init__(self, name: str, weight: float = 1.0, per_epoch: int = 10_000, questions: int = 1, **arguments):
         if not weight > 0 or per_epoch < questions:
@@ -472,3 +486,6 @@ def print_parts(parts: list[Part]) -> None:
         print(
             f"{part.name:<28}{len(part):>12,}{epoch:>12,}{share:>9}{part.left_out_rows:>12,}{part.left_out_images:>12,}"
         )
+    for part in parts:
+        if part.unanswered_rows:
+            print(f"{part.name}: {part.unanswered_rows:,} rows have no answer to learn and are left out")

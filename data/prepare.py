@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -35,11 +36,19 @@ from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, picture_size
 from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
-from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, prepared_files, raw_rows, source_arguments
+from perceptiongpt.data.sources import (
+    COMMON_ARGUMENTS,
+    SOURCES,
+    prepared_files,
+    raw_rows,
+    source_arguments,
+    source_help,
+)
 
 
 ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
+EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
 UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
 CARD = """---
 configs:
@@ -175,7 +184,8 @@ def _make_shards(source, arguments, work, pictures, num_proc, on_error, rows_per
             collect(waiting.popleft().result())
     total.problems.update(problems)
     if not total.rows:
-        raise ValueError(f"source {source!r} gives no rows for {arguments}; {_listed(total.problems)}")
+        example = "".join(f", such as: {text.partition(': ')[2]}" for text in total.problems.examples[:1])
+        raise ValueError(f"source {source!r} gives no rows for {arguments}; {_listed(total.problems)}{example}")
     return {"shards": index, **total.as_dict()}
 
 
@@ -190,7 +200,7 @@ def _write_shard(rows, digest, first, path, pictures, on_error) -> dict:
         except ValueError as error:
             if on_error == "raise":
                 raise
-            problems.report(describe_row(row, index), str(error), "row breaks the schema")
+            problems.report(describe_row(row, index), error, "row breaks the schema")
             continue
         total.count(row, clipped)
         kept.append(row)
@@ -369,8 +379,9 @@ def print_summary(split: str, summary: dict) -> None:
         print(f"  {summary['clipped']:,} boxes overhung their picture by at most a pixel and were clipped")
     for reason, count in summary["left_out"].items():
         print(f"  left out: {count:,} x {reason}")
-    for example in summary["examples"]:
-        print(f"    {example}")
+        examples = [example for example in summary["examples"] if example.startswith(f"{reason}: ")]
+        for example in examples[:EXAMPLES_PRINTED]:
+            print(f"    {example.removeprefix(f'{reason}: ')}")
 
 
 def _listed(problems: Problems) -> str:
@@ -378,21 +389,22 @@ def _listed(problems: Problems) -> str:
 
 
 def preview_rows(root: str | Path, split: str, count: int) -> list[dict]:
-    """`count` rows of a prepared split, as many of each task as possible, evenly spread over the files."""
+    """`count` rows of a prepared split (all, if it has fewer), evenly spread over the tasks and over the files."""
     files = prepared_files(root, split)
     places, tasks = [], {}
     for file in files:
         for index, task in enumerate(parquet.read_table(file, columns=["task"])["task"].to_pylist()):
             tasks.setdefault(task, []).append(len(places))
             places.append((file, index))
-    chosen, share = [], -(-count // max(len(tasks), 1))
-    for task in sorted(tasks):
+    chosen, left = {}, count
+    # The smallest first: what a task lacks of its share goes to the others.
+    for done, task in enumerate(sorted(tasks, key=lambda task: (len(tasks[task]), task))):
         found = tasks[task]
-        chosen += [found[(2 * i + 1) * len(found) // (2 * share)] for i in range(min(share, len(found)))]
-    chosen = list(dict.fromkeys(chosen))
-    chosen = [chosen[i * len(chosen) // min(count, len(chosen))] for i in range(min(count, len(chosen)))]
+        share = min(-(-left // (len(tasks) - done)), len(found))
+        chosen[task] = [found[(2 * i + 1) * len(found) // (2 * share)] for i in range(share)]
+        left -= share
     rows = []
-    for file, index in (places[place] for place in chosen):
+    for file, index in (places[place] for task in sorted(chosen) for place in chosen[task]):
         content = parquet.ParquetFile(file)
         for group in range(content.num_row_groups):
             size = content.metadata.row_group(group).num_rows
@@ -450,6 +462,23 @@ def _own_arguments(name: str) -> Iterator[tuple[str, inspect.Parameter]]:
             yield argument, parameter
 
 
+def _takes_several(parameter: inspect.Parameter) -> bool:
+    return "Iterable" in str(parameter.annotation)
+
+
+def _source_epilog(name: str, summary: str, entries: dict[str, str]) -> str:
+    """What `--help` says of a source: what it reads and makes, and what the options for every source mean to it."""
+    said = {}
+    for argument in COMMON_ARGUMENTS:
+        if argument in entries and argument != "problems":  # which is --on_error
+            said.setdefault(entries[argument], []).append(argument)
+    lines = [
+        textwrap.fill(f"{', '.join(arguments)}: {entry}", 100, initial_indent="  ", subsequent_indent="      ")
+        for entry, arguments in said.items()
+    ]
+    return "\n".join([f"the source {name}:", "", summary, "", *lines])
+
+
 def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     """The options; `own` are those that the source alone takes."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -480,11 +509,15 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to a data set repository afterwards")
     named = next((argument for argument in arguments if argument in SOURCES), None)
     own = list(_own_arguments(named)) if named else []
-    if own:
+    if named:
+        summary, entries = source_help(named)
+        parser.epilog = _source_epilog(named, summary, entries)
         group = parser.add_argument_group(f"of the source {named}")
         for name, parameter in own:
-            default = None if parameter.default is inspect.Parameter.empty else parameter.default
-            group.add_argument(f"--{name}", dest=f"own_{name}", metavar="VALUE", help=f"default: {default}")
+            text = entries.get(name, "").replace("%", "%%")
+            text += "" if parameter.default is None else f" (default: {parameter.default})"
+            several = "+" if _takes_several(parameter) else None
+            group.add_argument(f"--{name}", dest=f"own_{name}", metavar="VALUE", nargs=several, help=text)
     options = parser.parse_args(arguments)
     if options.embed_images and options.no_images:
         parser.error("--embed_images and --no_images exclude each other")
@@ -493,7 +526,11 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     options.own = {}
     for name, parameter in own:
         value = getattr(options, f"own_{name}")
-        if value is not None:
+        if isinstance(value, list):
+            read = [yaml.safe_load(word) for word in value]
+            value = read[0] if len(read) == 1 else read
+            options.own[name] = value.split() if isinstance(value, str) else value
+        elif value is not None:
             options.own[name] = value if isinstance(parameter.default, str) else yaml.safe_load(value)
     return options
 

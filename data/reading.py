@@ -38,14 +38,19 @@ COCO_NAMES = (
 COCO_FOLDERS = ("", "train2014", "val2014", "train2017", "val2017")
 
 
+class MissingPicture(ValueError):
+    """A picture that is in none of the folders where it was looked for."""
+
+
 @dataclass
 class Problems:
     """What was wrong with records: the first problem raises, or all are counted and the first few are listed.
 
     Attributes:
         skip: count and go on instead of raising.
+        keep: messages that are listed of each reason.
         counts: how often each reason occurred, what `leave_out` counts included.
-        examples: the first `keep` messages.
+        examples: the first messages of each reason, as "<reason>: <where>: <message>".
     """
 
     skip: bool = False
@@ -53,13 +58,22 @@ class Problems:
     counts: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def report(self, where: str, message: str, reason: str = "broken record") -> None:
-        """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it."""
+    def report(self, where: str, problem: str | ValueError, reason: str = "broken record") -> None:
+        """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it.
+
+        A `MissingPicture` is counted under a reason of its own, whatever `reason` is.
+        """
+        message = str(problem).removeprefix(f"{where}: ")
         if not self.skip:
             raise ValueError(f"{where}: {message}")
+        reason = "picture not found" if isinstance(problem, MissingPicture) else reason
         self.counts[reason] += 1
-        if len(self.examples) < self.keep:
-            self.examples.append(f"{where}: {message}")
+        self._list(f"{reason}: {where}: {message}")
+
+    def _list(self, example: str) -> None:
+        reason = f"{example.partition(': ')[0]}: "
+        if sum(other.startswith(reason) for other in self.examples) < self.keep:
+            self.examples.append(example)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         """Something the format itself tells to leave out (a crowd region, a flag): counted, never an error."""
@@ -69,7 +83,8 @@ class Problems:
     def update(self, other: "Problems") -> None:
         """Add what another process or file has found."""
         self.counts.update(other.counts)
-        self.examples += other.examples[: max(self.keep - len(self.examples), 0)]
+        for example in other.examples:
+            self._list(example)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -186,8 +201,7 @@ def safe_join(folder: str | Path, name: str) -> Path:
     """`folder / name`, which need not exist, for a name that an annotation file gives.
 
     Raises:
-        ValueError: if the name is empty, too long, absolute, climbs out with `..`, or leads out of the folder by a
-            link. (In the cache of `huggingface_hub` every file is a link to the `blobs` beside its snapshot.)
+        ValueError: if the name is empty, too long, absolute, or climbs out with `..`.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{name!r} is not a file name")
@@ -197,17 +211,8 @@ def safe_join(folder: str | Path, name: str) -> Path:
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         if flavour.is_absolute() or flavour.drive or flavour.root or ".." in flavour.parts:
             raise ValueError(f"file name {name!r} leaves the folder {folder}")
-    path = Path(folder) / name
-    inside = _resolved(str(Path(folder).absolute()))  # the working folder may change
-    blobs = [parent.parent / "blobs" for parent in (inside, *inside.parents) if parent.name == "snapshots"]
-    if not any(path.resolve().is_relative_to(allowed) for allowed in (inside, *blobs)):
-        raise ValueError(f"file name {name!r} leaves the folder {folder} by a link")
-    return path
-
-
-@lru_cache(maxsize=64)
-def _resolved(folder: str) -> Path:
-    return Path(folder).resolve()
+    # A link that lies in the folder is followed: its owner put it there (linked photos, the Hub's cache), no file name.
+    return Path(folder) / name
 
 
 # ---- json and pickle -------------------------------------------------------------------------------------------------
@@ -454,7 +459,8 @@ def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = N
         file_name: a further name to look for first.
 
     Raises:
-        ValueError: if there is none, or `file_name` leaves the folder.
+        MissingPicture: if there is none.
+        ValueError: if `file_name` leaves the folder.
     """
     names = [pattern.format(int(image_id)) for pattern in COCO_NAMES]
     for sub_folder in COCO_FOLDERS:
@@ -463,20 +469,22 @@ def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = N
             path = safe_join(base, name) if name is file_name else base / name
             if path.is_file():
                 return path
-    raise ValueError(f"image {image_id} is not in {folder}; looked for {file_name or names[0]}, {names[-1]} and others")
+    looked_for = f"looked for {file_name or names[0]}, {names[-1]} and others"
+    raise MissingPicture(f"image {image_id} is not in {folder}; {looked_for}")
 
 
 def find_image(folder: str | Path, name: str) -> Path:
     """The picture `name` in `folder`: under its whole name, else under the last part of it.
 
     Raises:
-        ValueError: if there is none, or the name leaves the folder.
+        MissingPicture: if there is none.
+        ValueError: if the name leaves the folder.
     """
     for candidate in (name, PurePosixPath(name).name):
         path = safe_join(folder, candidate)
         if path.is_file():
             return path
-    raise ValueError(f"image {name!r} is not in {folder}")
+    raise MissingPicture(f"image {name!r} is not in {folder}")
 
 
 @lru_cache(maxsize=4096)
@@ -484,6 +492,7 @@ def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
     """(width, height) of a picture, upright as `datasets` opens it; `whole` also checks that it is not truncated.
 
     Raises:
+        MissingPicture: if there is none.
         ValueError: if it cannot be read.
     """
     try:
@@ -493,6 +502,8 @@ def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
             if whole:
                 image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
                 image.load()
+    except FileNotFoundError as error:
+        raise MissingPicture(f"{path}: there is no such picture") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
     return size[::-1] if orientation in (5, 6, 7, 8) else size

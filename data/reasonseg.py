@@ -45,6 +45,7 @@ def reasonseg_rows(
         images: folder of the pictures; None: beside the json files. False: no pictures; the size, which masks need,
             then comes from the json (`imageWidth`, `imageHeight`) or from a picture beside it.
         tasks: `reasoning`.
+        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
         limit: at most this many rows.
         problems: what happens to bad files; default: the first one raises.
     """
@@ -57,7 +58,7 @@ def reasonseg_rows(
             try:
                 made = list(_file_rows(content, folder, name, images, split, draw, problems))
             except ValueError as error:
-                problems.report(where, str(error))
+                problems.report(where, error)
                 continue
             yield from made
 

@@ -71,6 +71,7 @@ def refer_rows(
             False: no pictures; `image` is None.
         tasks: any of `REFER_TASKS`; by default `refer` alone, one row per sentence. `box_to_mask` gives one row per
             ref, `region_caption` one per sentence.
+        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
         limit: at most this many rows.
         problems: what happens to bad records; default: the first one raises.
         dataset: refcoco, refcoco+ or refcocog.
@@ -183,10 +184,11 @@ def ref_rows(
     root, _, dataset, split_by = files
     split = find_split(split)
     ref_files, instances_files = locate(*files)
-    refs, seen = [], Counter()
+    refs, seen, there = [], Counter(), Counter()
     for path, member in ref_files:
         for where, ref in read_refs(path, member, problems):
             partition = ref.get("splitBy", ref.get("dataset_partition", split_by))
+            there[f"{ref.get('dataset', dataset)} by {partition}"] += 1
             if dataset not in (None, ref.get("dataset", dataset)) or split_by not in (None, partition):
                 continue
             own_split = find_split(ref.get("split"))
@@ -200,6 +202,9 @@ def ref_rows(
                 problems.report(where, str(error))
     if not refs and (split is None or not seen[split]):
         names = ", ".join(str(path) for path, _ in ref_files)
+        if there and not seen:
+            asked = f"--dataset {dataset or '(any)'} --split_by {split_by or '(any)'}"
+            raise ValueError(f"{names}: no refs of {asked}; found {dict(there)}")
         raise ValueError(f"{names}: no refs of split {split!r}; found {dict(seen)}")
 
     image_ids = {ref["image_id"] for _, ref, _ in refs}
@@ -222,7 +227,7 @@ def ref_rows(
             columns |= {"source": source, "image_id": str(ref["image_id"]), "split": find_split(ref["split"])}
             rows = list(rows_of(where, ref, found, columns))
         except ValueError as error:
-            problems.report(where, str(error).removeprefix(f"{where}: "))
+            problems.report(where, error)
             continue
         yield from rows
 
@@ -295,7 +300,10 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
         if not paths and dataset:
             paths = packed_data_set(root, dataset) or packed_data_set(root / dataset, dataset)
         if not paths:
-            raise ValueError(f"{root}: there is no {dataset or '<dataset>'}/{prefix}({split_by or '<split_by>'}).*")
+            there = sorted({path.parent.name for path in root.glob(f"*/{prefix}*")})
+            there = f"; there are {', '.join(there)}: choose with --dataset" if there else ""
+            place = f"{dataset or '<dataset>'}/{prefix}({split_by or '<split_by>'}).*"
+            raise ValueError(f"{root}: there is no {place}{there}; files of other names go to --annotations")
 
     files = [(path, member) for path in paths for member in _wanted_members(path)]
     instances = [file for file in files if _is_instances(*file)]

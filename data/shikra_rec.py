@@ -113,7 +113,7 @@ def list_rows(
                 row = expression_row(phrase, targets, columns, draw("refer", fields["image_id"], phrase, fields["box"]))
             except ValueError as error:
                 used = True
-                problems.report(where, str(error))
+                problems.report(where, error)
                 continue
             yield row
     if not used:

@@ -6,6 +6,7 @@ docs/data.md says how to add one.
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,44 @@ def source_arguments(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(source_function(name)).parameters)
 
 
+def source_help(name: str) -> tuple[str, dict[str, str]]:
+    """What the docstring of a source says: (what it yields, what each of its arguments means)."""
+    function = source_function(name)
+    summary, entries = _read_docstring(function)
+    head = inspect.cleandoc(inspect.getmodule(function).__doc__ or "")
+    return f"{head}\n\n{summary}", {
+        argument: entries[argument] for argument in source_arguments(name) if argument in entries
+    }
+
+
+def _read_docstring(function: Callable, asked: tuple = ()) -> tuple[str, dict[str, str]]:
+    """(what stands before `Args:`, entry per argument), with tasks and other listed names instead of their constant.
+
+    What is "as in `x_rows`", or not described, is taken from the other function that the docstring names; `asked` are
+    those that led here.
+    """
+    module = inspect.getmodule(function)
+
+    def listed(match: re.Match) -> str:
+        value = getattr(module, match[1], None)
+        is_list = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return ", ".join(value) if is_list else match[0]
+
+    text = re.sub(r"`([A-Z_]+)`", listed, inspect.getdoc(function) or "")
+    sources, entries = {place.split(":")[1]: source for source, place in SOURCES.items()}, {}
+    for other in re.findall(r"`(\w+_rows)`", text):
+        named = source_function(sources[other]) if other in sources else getattr(module, other, None)
+        if named not in (None, function, *asked):
+            entries = {**_read_docstring(named, (*asked, function))[1], **entries}
+    summary, _, arguments = text.partition("\n\nArgs:\n")
+    for found in re.finditer(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", arguments.split("\n\n")[0], re.MULTILINE):
+        entry = " ".join(found[2].split())
+        for argument in found[1].split(", "):
+            if argument not in entries or "as in `" not in entry:
+                entries[argument] = entry
+    return summary, entries
+
+
 def raw_rows(name: str, **arguments) -> Iterator[dict]:
     """The rows of a source before they are checked.
 
@@ -97,7 +136,7 @@ def rows(name: str, **arguments) -> Iterator[dict]:
         try:
             yield validate_row(row, index, with_images)[0]
         except ValueError as error:
-            problems.report(describe_row(row, index), str(error), "row breaks the schema")
+            problems.report(describe_row(row, index), error, "row breaks the schema")
 
 
 def load_source(source: str = "coco", **arguments) -> Dataset:
@@ -118,7 +157,11 @@ def prepared_files(root: str | Path, split: str = "train") -> list[str]:
     found = found or [path for path in Path(root).glob(f"{split}-*.parquet") if "-of-" not in path.name]
     files = sorted(map(str, found))
     if not files:
-        raise ValueError(f"{root}: holds no {split}-*.parquet; make them with python -m perceptiongpt.data.prepare")
+        there = {re.sub(r"(-\d+-of)?-[^-]*$", "", path.stem) for path in Path(root).glob("*-*.parquet")}
+        there = f"there are the splits {', '.join(sorted(there))}" if there else "there is no other split either"
+        raise ValueError(
+            f"{root}: holds no {split}-*.parquet ({there}); make them with python -m perceptiongpt.data.prepare"
+        )
     expected = [f"{split}-{index:05d}-of-{len(files):05d}.parquet" for index in range(len(files))]
     if "-of-" in files[0] and [Path(file).name for file in files] != expected:
         raise ValueError(f"{root}: the shards of {split!r} are not whole: {[Path(file).name for file in files][:5]}")

@@ -101,7 +101,7 @@ def visual_genome_rows(
                     entries = get(record, kind, of=list)
                     columns = pictures.columns(f"{image_id}.jpg", f"{image_id}.png", size=known.get(image_id))
                 except ValueError as error:
-                    problems.report(where, str(error))
+                    problems.report(where, error)
                     continue
                 taken += 1
                 columns |= {"source": "visual_genome", "image_id": str(image_id), "split": split}
@@ -154,7 +154,7 @@ def _read_image_data(files, problems: Problems) -> dict[int, tuple[int, int]]:
             try:
                 sizes[_image_id(record)] = get(record, "width", of=int), get(record, "height", of=int)
             except ValueError as error:
-                problems.report(where, str(error))
+                problems.report(where, error)
     return sizes
 
 

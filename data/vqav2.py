@@ -71,7 +71,14 @@ def okvqa_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """As `vqav2_rows`, with `OpenEnded_mscoco_train2014_questions.json` and `mscoco_train2014_annotations.json`."""
+    """Yield the rows of OK-VQA as `vqav2_rows` does those of VQA v2.
+
+    Args:
+        root: folder with `OpenEnded_mscoco_train2014_questions.json`, `mscoco_train2014_annotations.json` (also packed,
+            or in `annotations`) and the pictures in `train2014`, `val2014`.
+        split: `train` or `val`.
+        Others: as in `vqav2_rows`.
+    """
     return _vqa_rows("okvqa", OKVQA_FILES, root, split, annotations, images, tasks, seed, evaluation, limit, problems)
 
 
@@ -100,7 +107,9 @@ def _vqa_rows(
     for path in annotations:
         files[_kind(Path(path))].append(path)
     if not files["questions"]:
-        raise ValueError(f"{root}: there is no {names[0][0].format(subtype)}; name the files as annotations")
+        raise ValueError(
+            f"{root}: there is no {names[0][0].format(subtype)}; give them with --annotations QUESTIONS ANNOTATIONS"
+        )
     answers = {}
 
     def read(annotation) -> list:

@@ -133,8 +133,8 @@ REFER, ASK = "image=i phrase=t box=b", "image=i question=q answer=a"
         (REFER, {"b": [1, 1, None, 9]}, "are not numbers"),
         (REFER, {"b": [1, 1, 50, 9]}, "outside the 20 x 10 image"),
         (REFER, {"i": None}, "expected an image column or a path"),
-        (REFER, {"i": "/etc/passwd"}, "leaves the folder"),
-        (REFER, {"i": "none.jpg"}, "none.jpg' is not in"),
+        (REFER, {"i": "/etc/passwd"}, "leaves the folder .*--images FOLDER"),
+        (REFER, {"i": "none.jpg"}, "none.jpg' is not in .*--images"),
         (ASK, {"a": []}, "there is no answer"),
         (ASK, {"q": None}, "question is 'None', expected a text"),
     ],
@@ -146,7 +146,20 @@ def test_bad_records_are_one_error_or_counted(folder, columns, change, message):
     problems = Problems(skip=True)
     count = len(read(folder(GOOD, GOOD), columns))
     assert len(read(folder(GOOD, {**GOOD, **change}, GOOD), columns, problems=problems)) == count
-    assert problems.counts == {"broken record": 1}
+    assert problems.counts == {"picture not found" if "not in" in message else "broken record": 1}
+
+
+def test_one_file_and_the_column_image_by_itself(tmp_path):
+    record = {"image": "a.jpg", "t": "A dog.", "b": [1.0, 1.0, 5.0, 9.0]}
+    Image.new("RGB", SIZE).save(tmp_path / "a.jpg")
+    Dataset.from_list([record]).to_parquet(tmp_path / "mine.parquet")
+    expected = read(tmp_path, {"image": "image", "phrase": "t", "box": "b"})
+    for root in (tmp_path, tmp_path / "mine.parquet"):
+        for columns in ("phrase=t box=b", ["phrase=t", "box=b"], {"phrase": "t", "box": "b"}):
+            assert read(root, columns) == expected and len(expected) == 2
+    Dataset.from_list([record]).rename_column("image", "i").to_parquet(tmp_path / "mine.parquet")
+    with pytest.raises(ValueError, match="no column has the role 'image'"):
+        read(tmp_path, "phrase=t box=b")
 
 
 def test_values_of_a_wrong_type(tmp_path):

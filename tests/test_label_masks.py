@@ -104,6 +104,21 @@ def test_what_is_labelled_and_what_is_dropped(sam, folder, tmp_path):
         label_masks(folder, tmp_path / "none", sam, min_iou=0.5)
 
 
+def test_the_bar_counts_rows_batch_by_batch(sam, folder, tmp_path, monkeypatch):
+    seen = []
+
+    class Bar(labelling.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append((self.n, self.total))
+
+    monkeypatch.setattr(labelling, "tqdm", Bar)
+    label_masks(folder, tmp_path / "out", sam, batch_size=1, progress=True)
+    rows = len(load_source("parquet", root=folder))
+    shards = len(list(folder.glob("*.parquet")))
+    assert seen[-1] == (rows, rows) and len(seen) > shards and seen == sorted(seen)
+
+
 def test_resuming_gives_the_same_bytes(sam, folder, tmp_path, monkeypatch):
     def contents(path):
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}

@@ -277,8 +277,23 @@ def test_pictures_of_refcoco_evaluation_are_left_out_and_counted(real, data_dir,
     assert not {"154", "309"} & {part.read(*where)["image_id"] for where in zip(*part.epoch(0, 0, False), strict=True)}
     mixtures.print_parts([part])
     assert f"{expected}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no rows to train on; 4 were left out"):
+    with pytest.raises(ValueError, match="has no rows to train on; 4 were left out, 0 have no answer"):
         load_parts({**settings, "mixture": [mixture[3]]}, root / "cache")
+
+
+def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    found = drawn_rows(2)
+    cut = [{**row, "messages": row["messages"][:1], "boxes": [], "masks": []} | {"task": "vqa"} for row in found[:3]]
+    for row in cut:
+        row["messages"][0]["content"] = "<image>What is it?"
+    monkeypatch.setattr(preparing, "raw_rows", lambda *args, **kwargs: iter([*found, *cut]))
+    prepare("some", tmp_path, pictures="embed")
+    part = Part("some", prepared_files(tmp_path))
+    assert len(part) == len(found) and part.unanswered_rows == 3
+    rows = [part.read(*where) for where in zip(*part.epoch(0, 0, False), strict=True)]
+    assert {row["messages"][-1]["role"] for row in rows} == {"assistant"}
+    mixtures.print_parts([part])
+    assert "some: 3 rows have no answer to learn" in capsys.readouterr().out
 
 
 def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):

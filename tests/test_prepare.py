@@ -20,7 +20,15 @@ from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.coco import load_coco
 from perceptiongpt.data.prepare import prepare, read_summary
 from perceptiongpt.data.schema import row_features
-from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, load_source, prepared_files, rows, source_arguments
+from perceptiongpt.data.sources import (
+    COMMON_ARGUMENTS,
+    SOURCES,
+    load_source,
+    prepared_files,
+    rows,
+    source_arguments,
+    source_help,
+)
 
 
 @pytest.fixture
@@ -178,14 +186,36 @@ def test_bad_records_raise_or_are_counted_and_listed(source, tmp_path):
         prepare("drawn", tmp_path / "raise")
     summary = prepare("drawn", tmp_path / "skip", on_error="skip", rows_per_shard=4)
     assert summary["rows"] == 15
-    assert summary["left_out"] == {"broken record": 1, "row breaks the schema": 4}
+    assert summary["left_out"] == {"broken record": 1, "picture not found": 1, "row breaks the schema": 3}
     listed = "\n".join(summary["examples"])
     assert all(text in listed for text in ("is broken", "row 7", "row 10", "1000 x", "gone.png", "cut.png"))
     with pytest.raises(ValueError, match="on_error 'ignore'"):
         prepare("drawn", tmp_path / "no", on_error="ignore")
     source[:] = [None]
-    with pytest.raises(ValueError, match="gives no rows.*1 x broken record"):
+    with pytest.raises(ValueError, match="gives no rows.*1 x broken record, such as: .*is broken"):
         prepare("drawn", tmp_path / "none", on_error="skip")
+
+
+def test_few_examples_of_each_reason_are_printed(source, tmp_path, capsys):
+    for index in range(9):
+        source[index] = {**source[index], "image": {"path": str(tmp_path / "gone.png"), "bytes": None}}
+    source[11] = {**source[11], "width": 1000}
+    summary = prepare("drawn", tmp_path / "out", on_error="skip")
+    assert len(summary["examples"]) == 10
+    preparing.print_summary("train", summary)
+    printed = capsys.readouterr().out
+    assert printed.count("gone.png: there is no such picture") == preparing.EXAMPLES_PRINTED
+    assert "9 x picture not found" in printed and "the annotations say 1000 x" in printed
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (3, [1, 2]), (5, [1, 4]), (7, [1, 6]), (20, [1, 12])])
+def test_a_task_of_few_rows_leaves_its_share_to_the_others(source, tmp_path, count, expected):
+    refer = [row for row in source if row["task"] == "refer"]
+    other = next(row for row in source if row["task"] == "dialogue")
+    source[:] = [*refer[:6], other, *refer[6:]]
+    prepare("drawn", tmp_path / "out", rows_per_shard=5)
+    found = [row["task"] for row in preparing.preview_rows(tmp_path / "out", "train", count)]
+    assert [found.count(task) for task in ("dialogue", "refer") if task in found] == expected
 
 
 def test_rows_without_pictures(source, tmp_path):
@@ -272,6 +302,47 @@ def test_wrong_command_lines(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err + str(stop.value)
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_help_says_what_a_source_takes(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        preparing.main([name, "--help"])
+    assert stop.value.code == 0
+    words = " ".join(capsys.readouterr().out.split("the source " + name)[-1].split())
+    assert " root: " in words and "split" in words and "as in `" not in words and "_TASKS" not in words
+    for argument in source_arguments(name):
+        assert argument in ("split", "problems") or source_help(name)[1].get(argument), argument
+
+
+def test_docstrings_that_name_each_other(monkeypatch):
+    def one_rows(root):
+        """One, as `two_rows`, `one_rows` and `other_rows`."""
+
+    def two_rows(root):
+        """Two, as `one_rows`.
+
+        Args:
+            root: a folder with
+                files.
+        """
+
+    for function in (one_rows, two_rows):
+        monkeypatch.setattr(sys.modules[__name__], function.__name__, function, raising=False)
+    monkeypatch.setattr("perceptiongpt.data.sources.source_function", lambda name: one_rows)
+    assert source_help("one")[1] == {"root": "a folder with files."}
+
+
+def test_options_of_several_words(monkeypatch):
+    def own(*words):
+        return preparing.read_command_line(["--output", "out", *words]).own
+
+    pairs = ["phrase=answer", "image=photo"]
+    assert own("hub", "--columns", *pairs, "--name", "a b") == {"columns": pairs, "name": "a b"}
+    assert own("hub", "--columns", " ".join(pairs)) == {"columns": pairs}
+    assert own("hub", "--columns", "{image: photo}") == {"columns": {"image": "photo"}}
+    assert own("scenes", "--kinds", "plain", "--size", "64") == {"kinds": ["plain"], "size": 64}
+    assert own("coco", "--image_ids", "9", "25") == own("coco", "--image_ids", "[9, 25]") == {"image_ids": [9, 25]}
+
+
 def test_every_source_has_the_common_arguments():
     for name in SOURCES:
         found = source_arguments(name)
@@ -310,7 +381,11 @@ def test_coco_by_its_usual_folders_and_with_bad_records_left_out(data_dir, tmp_p
 
 
 def test_prepared_files_are_whole(tmp_path):
-    with pytest.raises(ValueError, match="data.prepare"):
+    with pytest.raises(ValueError, match="no other split.*data.prepare"):
+        prepared_files(tmp_path)
+    for name in ("val-00000-of-00001.parquet", "test-dev-00000-of-00001.parquet", "mine-all.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no train-\*.parquet \(there are the splits mine, test-dev, val\)"):
         prepared_files(tmp_path)
     (tmp_path / "train-00001-of-00002.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="not whole"):

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from perceptiongpt.data.reading import (
+    MissingPicture,
     Problems,
     find_coco_image,
     find_image,
@@ -154,7 +155,13 @@ def test_bad_lines_are_errors_or_counted(tmp_path):
     assert problems.counts == {"broken record": 2} and "line 5" in problems.examples[1]
     other = Problems(skip=True, keep=3, examples=["x", "y"])
     other.update(problems)
-    assert other.counts == problems.counts and len(other.examples) == 3
+    assert other.counts == problems.counts and len(other.examples) == 4
+    for _ in range(9):
+        problems.report("a", MissingPicture("is gone"))
+    other.update(problems)
+    assert other.counts == {"broken record": 4, "picture not found": 9}
+    of_each = [sum(text.startswith(reason) for text in other.examples) for reason in other.counts]
+    assert of_each == [3, 3] and "picture not found: a: is gone" in other.examples
 
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     truncated = path.rename(tmp_path / "lines.jsonl.gz")
@@ -226,25 +233,19 @@ def test_names_in_the_working_folder_wherever_it_is(tmp_path, monkeypatch):
         assert safe_join(".", "c.jpg").absolute() == tmp_path / name / "c.jpg"
 
 
-def test_links_out_of_the_folder_are_refused_but_in_the_hubs_cache(tmp_path):
+def test_links_in_the_folder_are_followed(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
-    inside.mkdir(), outside.mkdir()
-    (outside / "a.jpg").write_bytes(b"x")
+    inside.mkdir(), (outside / "more").mkdir(parents=True)
+    for name in ("a.jpg", "more/b.jpg"):
+        Image.new("RGB", (4, 3)).save(outside / name)
     (inside / "link.jpg").symlink_to(outside / "a.jpg")
-    (tmp_path / "other").symlink_to(inside)
-    with pytest.raises(ValueError, match="link"):
-        safe_join(inside, "link.jpg")
-    assert safe_join(tmp_path / "other", "b/c.jpg") == tmp_path / "other/b/c.jpg"  # a linked folder is the user's own
-
-    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/0123", tmp_path / "datasets--a--b/blobs"
-    (snapshot / "images").mkdir(parents=True), blobs.mkdir()
-    (blobs / "4567").write_bytes(b"x")
-    (snapshot / "images/a.jpg").symlink_to("../../../blobs/4567")
-    (snapshot / "images/b.jpg").symlink_to(outside / "a.jpg")
-    for folder, name in ((snapshot, "images/{}.jpg"), (snapshot / "images", "{}.jpg")):
-        assert safe_join(folder, name.format("a")).read_bytes() == b"x"
-        with pytest.raises(ValueError, match="link"):
-            safe_join(folder, name.format("b"))
+    (inside / "folder").symlink_to(outside / "more")
+    (inside / "train2017").symlink_to("..")
+    for name in ("link.jpg", "folder/b.jpg", "train2017/in/link.jpg"):
+        assert find_image(inside, name) == inside / name and picture_size(inside / name) == (4, 3)
+    for name in ("folder/../a.jpg", "../out/a.jpg", str(outside / "a.jpg")):
+        with pytest.raises(ValueError, match="leaves the folder"):
+            safe_join(inside, name)
 
 
 def test_coco_pictures_are_found_under_either_name(tmp_path):

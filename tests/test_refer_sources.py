@@ -127,6 +127,16 @@ def test_refs_in_a_json_list_of_several_data_sets(data_dir):
         next(refer_rows(root, **(options | {"split": "train"})))
 
 
+def test_a_wrong_data_set_or_partition_is_told_what_there_is(data_dir, tiny):
+    there = "found {'refcoco\\+ by unc': 2, 'refcoco by unc': 2, 'refcocog by umd': 2}"
+    for wrong in ({"dataset": "foo"}, {"split_by": "foo"}, {"dataset": "refcoco", "split_by": "umd"}):
+        asked = f"--dataset {wrong.get('dataset', '.any.')} --split_by {wrong.get('split_by', '.any.')}"
+        with pytest.raises(ValueError, match=f"no refs of {asked}; {there}"):
+            list(refer_rows(data_dir / "refcoco_mini", split="val", images=False, **wrong))
+    with pytest.raises(ValueError, match="there is no foo/refs.*; there are refcoco: choose with --dataset"):
+        list(refer_rows(tiny[0], dataset="foo", images=False))
+
+
 def test_original_records_under_every_partition(data_dir, tmp_path):
     source = json.loads((data_dir / "refcoco_original_schema/refcoco_first14_refs.json").read_bytes())["ref"]
     annotations = {ref["ann_id"]: ref["ann"] for ref in source}

@@ -293,7 +293,6 @@ def test_hub_mapping_and_errors(refcoco_like):
         ({"columns": ["image"]}, "are not role=column"),
         ({"columns": {"image": "picture"}}, "no columns \\['picture'\\]"),
         ({"columns": {"picture": "image"}}, "unknown roles \\['picture'\\]"),
-        ({"columns": {"phrase": "answer"}}, "no column has the role 'image'"),
         ({"columns": {"image": "image", "box": "bbox"}, "box_format": "cxcywh"}, "box_format 'cxcywh'"),
         ({"columns": {"image": "image", "box": "bbox", "phrase": "answer"}}, "record 0: box"),
         ({"tasks": ["vqa"]}, "unknown tasks \\['vqa'\\]"),
