@@ -24,7 +24,7 @@ def test_drawn_shapes_are_where_their_annotations_say(tmp_path):
     rows = list(load_coco(**source, tasks=["refer"]))
     assert len(rows) > 15
     for row in rows:
-        color = next(name for name in COLORS if name in row["messages"][0]["content"].lower())
+        color = next(name for name in COLORS if f" {name} " in row["messages"][0]["content"].lower())
         pixels = np.asarray(row["image"].convert("RGB"), dtype=float)
         mask = decode_rle(row["masks"][0]).astype(bool)
         assert np.abs(np.median(pixels[mask], axis=0) - COLORS[color]).max() < 60
