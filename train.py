@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -763,6 +764,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
         train(recipe, options.output, options.resume)
+        PartialState().destroy_process_group()  # of several processes: or its threads may outlive the interpreter
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -534,3 +535,4 @@ def test_collator_in_the_sft_trainer_of_trl(tiny_model, tmp_path, all_losses):
 
 if __name__ == "__main__":
     train_in_one_process(Path(sys.argv[1]), sys.argv[2])
+    PartialState().destroy_process_group()  # or its threads may outlive the interpreter

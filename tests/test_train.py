@@ -504,6 +504,7 @@ if __name__ == "__main__":
     )
     metrics = evaluate(checkpoint, output, per_device_eval_batch_size=2, ddp_backend="gloo")
     torch.save((*step, metrics), Path(output) / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
 
 
 def test_a_bare_no_is_a_strategy():
