@@ -769,6 +769,7 @@ def main(arguments: list[str] | None = None) -> int:
             summary = validate(options, shlex.join(["validate.py", *words]))
             if summary is not None:
                 print(reporting.table(summary))
+            PartialState().destroy_process_group()  # of several processes: or its threads may outlive the interpreter
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
