@@ -10,7 +10,7 @@ import argparse
 import resource
 import time
 
-from perceptiongpt.data.scenes import (
+from perceptiongpt.data.scenes.dataset import (
     BENCH,
     BENCH_COMBINATIONS,
     BENCH_PICTURES,

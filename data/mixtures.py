@@ -32,8 +32,8 @@ from perceptiongpt.data.collator import picture_key
 from perceptiongpt.data.conversation import coco_image_id
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.reading import open_file, stream_json_array
-from perceptiongpt.data.refcoco_family import refcoco_family_eval_images
-from perceptiongpt.data.scenes import ScenesDataset
+from perceptiongpt.data.formats.refcoco_family import refcoco_family_eval_images
+from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import describe_row, row_features, row_images
 from perceptiongpt.data.sources import prepared_files
 from perceptiongpt.data.templates import stable_generator

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from drawn_rows import drawn_rows
-from perceptiongpt.data.coco import (
+from perceptiongpt.data.formats.coco import (
     COCO_TASKS,
     coco_rows,
     load_coco,

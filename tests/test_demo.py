@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_drawn_shapes_are_where_their_annotations_say(tmp_path):
-    from perceptiongpt.data.coco import load_coco
+    from perceptiongpt.data.formats.coco import load_coco
     from perceptiongpt.data.schema import decode_rle
     from perceptiongpt.demo import COLORS, KNOWN_SHAPES, draw_coco
 

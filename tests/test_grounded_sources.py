@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceptiongpt.data.coco_captions import coco_captions_rows
-from perceptiongpt.data.coco_panoptic import coco_panoptic_rows, plain_name
-from perceptiongpt.data.flickr30k_entities import flickr30k_entities_rows
-from perceptiongpt.data.lvis import lvis_rows
+from perceptiongpt.data.formats.coco_captions import coco_captions_rows
+from perceptiongpt.data.formats.coco_panoptic import coco_panoptic_rows, plain_name
+from perceptiongpt.data.formats.flickr30k_entities import flickr30k_entities_rows
+from perceptiongpt.data.formats.lvis import lvis_rows
 from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.schema import DIRECT_TASKS, TASKS, decode_rle, validate_row
-from perceptiongpt.data.shikra_flickr import shikra_flickr_rows
-from perceptiongpt.data.visual_genome import visual_genome_rows
+from perceptiongpt.data.formats.shikra_flickr import shikra_flickr_rows
+from perceptiongpt.data.formats.visual_genome import visual_genome_rows
 
 
 def checked(rows) -> list[dict]:

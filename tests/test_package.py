@@ -67,9 +67,9 @@ def test_wheel_holds_every_root_module(tmp_path):
     (wheel,) = tmp_path.glob("perceptiongpt-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"perceptiongpt/{path.name}" for path in ROOT.glob("*.py")}
-    wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("data/*.py")}
+    for folder in ("data", "evaluation", "metrics", "training"):
+        wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob(f"{folder}/**/*.py")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("data/*.yaml")}
-    wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("metrics/**/*.py")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("recipes/**/*.yaml")}
     wanted |= {"perceptiongpt/chat_template.jinja"}
     assert wanted <= held, wanted - held

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from drawn_rows import drawn_rows
 from perceptiongpt.data import prepare as preparing
-from perceptiongpt.data.coco import load_coco
+from perceptiongpt.data.formats.coco import load_coco
 from perceptiongpt.data.prepare import prepare, read_summary
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.data.sources import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceptiongpt.data.scenes import (
+from perceptiongpt.data.scenes.dataset import (
     BENCH,
     BENCH_COMBINATIONS,
     FIRST_TEST_SEED,
@@ -20,8 +20,8 @@ from perceptiongpt.data.scenes import (
     scene_details,
     scenes_rows,
 )
-from perceptiongpt.data.scenes_expressions import ODD_ONE, with_article
-from perceptiongpt.data.scenes_pictures import COLORS, HELD_OUT, PATTERNS, SHAPES
+from perceptiongpt.data.scenes.expressions import ODD_ONE, with_article
+from perceptiongpt.data.scenes.pictures import COLORS, HELD_OUT, PATTERNS, SHAPES
 from perceptiongpt.data.schema import decode_rle, validate_row
 
 

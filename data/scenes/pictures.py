@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 
-from perceptiongpt.data.coco import read_instances, segmentation_to_rle
+from perceptiongpt.data.formats.coco import read_instances, segmentation_to_rle
 from perceptiongpt.data.reading import safe_join
 
 

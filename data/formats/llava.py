@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.coco import refer_expressions
+from perceptiongpt.data.formats.coco import refer_expressions
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from perceptiongpt.data.scenes_pictures import DOT, HELD_OUT, LEAST_HIDDEN, Scene, SceneObject
+from perceptiongpt.data.scenes.pictures import DOT, HELD_OUT, LEAST_HIDDEN, Scene, SceneObject
 
 
 KINDS = ("attribute", "position", "ordinal", "relation", "size", "superlative", "negation", "none")

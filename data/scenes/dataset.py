@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.scenes_expressions import (
+from perceptiongpt.data.scenes.expressions import (
     KINDS,
     RELATIONS,
     TEST_KINDS,
@@ -41,7 +41,7 @@ from perceptiongpt.data.scenes_expressions import (
     selected,
     with_article,
 )
-from perceptiongpt.data.scenes_pictures import (
+from perceptiongpt.data.scenes.pictures import (
     DOT,
     HELD_OUT,
     LEAST_HIDDEN,

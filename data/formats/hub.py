@@ -30,7 +30,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.coco import segmentation_to_rle
+from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import Draw, chosen_tasks, coco_image_id, get
 from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.shikra_rec import find_lists, list_rows, read_numbers
+from perceptiongpt.data.formats.shikra_rec import find_lists, list_rows, read_numbers
 
 
 REFCOCOS_TASKS = ("refer", "no_target")

@@ -17,7 +17,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
 )
 from perceptiongpt.data.reading import Problems, read_records
-from perceptiongpt.data.refer import IMAGE_FOLDERS, expression_row, find_split, read_phrase
+from perceptiongpt.data.formats.refer import IMAGE_FOLDERS, expression_row, find_split, read_phrase
 
 
 FILE_DATASET = re.compile(r"refcoco(\+|plus|g)?(?![a-z])", re.IGNORECASE)

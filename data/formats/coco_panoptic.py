@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.data.coco import instance_rows, read_section
+from perceptiongpt.data.formats.coco import instance_rows, read_section
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,

@@ -1,4 +1,4 @@
-"""gRefCOCO: expressions with several targets or none, in the form of REFER (`data/refer.py`)."""
+"""gRefCOCO: expressions with several targets or none, in the form of REFER (`data/formats/refer.py`)."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import Draw, chosen_tasks
 from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.refer import expression_row, is_integer, read_sentences, read_target, ref_rows
+from perceptiongpt.data.formats.refer import expression_row, is_integer, read_sentences, read_target, ref_rows
 
 
 GREFCOCO_TASKS = ("refer", "no_target")

@@ -24,7 +24,7 @@ from perceptiongpt.data.conversation import (
     reading_order,
     stated_size,
 )
-from perceptiongpt.data.flickr30k_entities import FLICKR_TASKS, grounded_caption_rows, mark_phrases
+from perceptiongpt.data.formats.flickr30k_entities import FLICKR_TASKS, grounded_caption_rows, mark_phrases
 from perceptiongpt.data.reading import Problems, read_records
 from perceptiongpt.data.templates import render_prompt
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.coco import segmentation_to_rle
+from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,

@@ -1,0 +1,1 @@
+"""Importers: one file for each annotation format, each a generator of rows of the schema."""

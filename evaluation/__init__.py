@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, samples, the run over them, statistics and reports."""

@@ -1,0 +1,1 @@
+"""Training: the recipe, the adapters, the trainer, and the stages of a run."""
