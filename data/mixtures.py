@@ -30,9 +30,9 @@ from torch.utils.data import get_worker_info
 
 from perceptiongpt.data.collator import picture_key
 from perceptiongpt.data.conversation import coco_image_id
+from perceptiongpt.data.formats.refcoco_family import refcoco_family_eval_images
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.reading import open_file, stream_json_array
-from perceptiongpt.data.formats.refcoco_family import refcoco_family_eval_images
 from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import describe_row, row_features, row_images
 from perceptiongpt.data.sources import prepared_files

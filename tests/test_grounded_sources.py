@@ -18,10 +18,10 @@ from perceptiongpt.data.formats.coco_captions import coco_captions_rows
 from perceptiongpt.data.formats.coco_panoptic import coco_panoptic_rows, plain_name
 from perceptiongpt.data.formats.flickr30k_entities import flickr30k_entities_rows
 from perceptiongpt.data.formats.lvis import lvis_rows
-from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.schema import DIRECT_TASKS, TASKS, decode_rle, validate_row
 from perceptiongpt.data.formats.shikra_flickr import shikra_flickr_rows
 from perceptiongpt.data.formats.visual_genome import visual_genome_rows
+from perceptiongpt.data.reading import Problems
+from perceptiongpt.data.schema import DIRECT_TASKS, TASKS, decode_rle, validate_row
 
 
 def checked(rows) -> list[dict]:
@@ -662,7 +662,7 @@ def test_captions_with_problems(tmp_path):
 
 
 def test_tasks_are_those_of_the_schema():
-    from perceptiongpt.data import (
+    from perceptiongpt.data.formats import (
         coco_panoptic,
         flickr30k_entities,
         hub,

@@ -14,10 +14,10 @@ from pycocotools.coco import COCO
 from perceptiongpt.data.formats.hub import hub_rows
 from perceptiongpt.data.formats.llava import llava_rows
 from perceptiongpt.data.formats.pope import pope_rows
-from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.schema import decode_rle, row_features, validate_row
 from perceptiongpt.data.formats.viscot import viscot_rows
 from perceptiongpt.data.formats.vqav2 import most_given_answer, okvqa_rows, vqav2_rows
+from perceptiongpt.data.reading import Problems
+from perceptiongpt.data.schema import decode_rle, row_features, validate_row
 
 
 def checked(rows) -> list[dict]:

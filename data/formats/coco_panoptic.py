@@ -15,7 +15,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.data.formats.coco import instance_rows, read_section
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,
@@ -29,6 +28,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
     usual_files,
 )
+from perceptiongpt.data.formats.coco import instance_rows, read_section
 from perceptiongpt.data.reading import BROKEN, Problems, safe_join, until_broken
 from perceptiongpt.data.templates import render_turn
 

@@ -5,8 +5,8 @@ from itertools import islice
 from pathlib import Path
 
 from perceptiongpt.data.conversation import Draw, chosen_tasks
-from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.formats.refer import expression_row, is_integer, read_sentences, read_target, ref_rows
+from perceptiongpt.data.reading import Problems
 
 
 GREFCOCO_TASKS = ("refer", "no_target")

@@ -30,7 +30,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,
@@ -46,6 +45,7 @@ from perceptiongpt.data.conversation import (
     make_row,
     stated_size,
 )
+from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.reading import BROKEN, Problems, picture_size, safe_join, until_broken
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.data.templates import render_prompt, render_turn

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.formats.coco import refer_expressions
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,
@@ -32,6 +31,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
     usual_files,
 )
+from perceptiongpt.data.formats.coco import refer_expressions
 from perceptiongpt.data.reading import Problems, read_records
 from perceptiongpt.data.templates import render_prompt, render_turn
 

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from perceptiongpt.data.conversation import Draw, Pictures, chosen_tasks, get, usual_files
 from perceptiongpt.data.formats.coco import instance_rows, read_annotation, read_instances, skipping
 from perceptiongpt.data.formats.coco_panoptic import region_row
-from perceptiongpt.data.conversation import Draw, Pictures, chosen_tasks, get, usual_files
 from perceptiongpt.data.reading import Problems
 
 

@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 from perceptiongpt.data.conversation import Draw, chosen_tasks, get
-from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.formats.shikra_rec import find_lists, list_rows, read_numbers
+from perceptiongpt.data.reading import Problems
 
 
 IMAGE_NAME = re.compile(r"(COCO_\w+?_(\d{12}))(_\d+)?(\.\w+)?")  # the second number is the object's

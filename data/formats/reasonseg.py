@@ -10,8 +10,8 @@ from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
-from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
 from perceptiongpt.data.formats.refer import find_split, read_phrase
+from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
 from perceptiongpt.data.templates import render_prompt, render_turn
 from perceptiongpt.geometry_perceptiongpt import OVERHANG
 

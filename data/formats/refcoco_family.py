@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from perceptiongpt.data.formats.minigpt4_rec import read_minigpt4
-from perceptiongpt.data.reading import Problems, open_file, read_records
 from perceptiongpt.data.formats.refer import SPLIT_BY, find_split, is_integer, locate, packed_data_set, read_refs
 from perceptiongpt.data.formats.shikra_rec import read_shikra, split_in_name
+from perceptiongpt.data.reading import Problems, open_file, read_records
 
 
 def refcoco_family_eval_images(*paths: str | Path) -> set[str]:

@@ -5,8 +5,8 @@ from itertools import islice
 from pathlib import Path
 
 from perceptiongpt.data.conversation import Draw, chosen_tasks, coco_image_id, get
-from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.formats.shikra_rec import find_lists, list_rows, read_numbers
+from perceptiongpt.data.reading import Problems
 
 
 REFCOCOS_TASKS = ("refer", "no_target")

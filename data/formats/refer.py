@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.conversation import (
     Draw,
     Pictures,
@@ -25,6 +24,7 @@ from perceptiongpt.data.conversation import (
     make_row,
     stated_size,
 )
+from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.reading import (
     PACKED,
     Problems,

@@ -16,8 +16,8 @@ from perceptiongpt.data.conversation import (
     known_size,
     stated_size,
 )
-from perceptiongpt.data.reading import Problems, read_records
 from perceptiongpt.data.formats.refer import IMAGE_FOLDERS, expression_row, find_split, read_phrase
+from perceptiongpt.data.reading import Problems, read_records
 
 
 FILE_DATASET = re.compile(r"refcoco(\+|plus|g)?(?![a-z])", re.IGNORECASE)
