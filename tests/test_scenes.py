@@ -14,7 +14,7 @@ from perceptiongpt.data.scenes.dataset import (
     BENCH,
     BENCH_COMBINATIONS,
     FIRST_TEST_SEED,
-    TASKS,
+    USUAL_TASKS,
     ScenesDataset,
     bench_baselines,
     scene_details,
@@ -22,7 +22,8 @@ from perceptiongpt.data.scenes.dataset import (
 )
 from perceptiongpt.data.scenes.expressions import ODD_ONE, with_article
 from perceptiongpt.data.scenes.pictures import COLORS, HELD_OUT, PATTERNS, SHAPES
-from perceptiongpt.data.schema import decode_rle, validate_row
+from perceptiongpt.data.schema import POINT_TASKS, decode_rle, validate_row
+from perceptiongpt.geometry_perceptiongpt import deepest_pixel
 
 
 PICTURES = 40
@@ -216,7 +217,7 @@ def test_rows():
 
 def test_every_task_and_every_row_is_valid(test_rows):
     tasks = Counter(row["task"] for row in test_rows)
-    assert set(tasks) == set(TASKS)
+    assert set(tasks) == set(USUAL_TASKS)
     assert min(tasks.values()) > PICTURES / 4
     for index, row in enumerate(test_rows):
         assert validate_row(row, index)[1] == 0
@@ -228,6 +229,27 @@ def test_every_task_and_every_row_is_valid(test_rows):
     assert all(len(row["messages"]) >= 4 for row in dialogues)
     asked = ["<vis>" in "".join(m["content"] for m in row["messages"] if m["role"] == "user") for row in dialogues]
     assert any(asked) and not all(asked)
+
+
+def test_points_are_asked_for_by_name():
+    usual = ScenesDataset(1, FIRST_TEST_SEED, split="test").picture_rows(0)
+    more = ScenesDataset(1, FIRST_TEST_SEED, split="test", tasks=(*USUAL_TASKS, *POINT_TASKS)).picture_rows(0)
+    assert more[: len(usual)] == usual and not any(point for row in usual for point in row["points"])
+    tasks = Counter()
+    for row in scenes_rows(split="test", tasks=POINT_TASKS, limit=10, evaluation=True):
+        tasks[row["task"]] += 1
+        row, prompt = validate_row(row)[0], row["messages"][0]["content"].removeprefix("<image>")
+        *given, last = row["points"]
+        if row["task"] == "point_to_mask":
+            assert prompt == "Segment the object at the point <vis>." and last is None
+            assert row["boxes"][0] is None and row["masks"][0] is None and row["boxes"][1] is not None
+            ((x, y),) = given
+            assert decode_rle(row["masks"][1])[int(y), int(x)]
+        else:
+            assert prompt.startswith("Point at every " if row["task"] == "point_all" else "Point at the ")
+            assert row["boxes"] == sorted(row["boxes"]) and (given == [] or row["task"] == "point_all")
+            assert row["points"] == [deepest_pixel(decode_rle(mask)) for mask in row["masks"]]
+    assert set(tasks) == set(POINT_TASKS) and min(tasks.values()) >= 7
 
 
 def test_expressions_have_exactly_their_referents():

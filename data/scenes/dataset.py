@@ -56,9 +56,9 @@ from perceptiongpt.data.scenes.pictures import (
     draw_scene,
     draw_sides,
 )
-from perceptiongpt.data.schema import TASKS
+from perceptiongpt.data.schema import POINT_TASKS, TASKS
 from perceptiongpt.data.templates import render_prompt, render_turn
-from perceptiongpt.geometry_perceptiongpt import box_iou
+from perceptiongpt.geometry_perceptiongpt import box_iou, decode_mask, deepest_pixel, interior_point
 
 
 FIRST_TEST_SEED = 10**6
@@ -74,7 +74,9 @@ LAYOUTS = {
     BENCH_COMBINATIONS: Layout((3, 9), (10.0, 56.0), hidden=0.3, held_out=True),
 }
 PASTED_SIDES = (12.0, 64.0)  # a smaller cat cannot be told from a smaller dog
-TRAINING_TASKS = tuple(task for task in TASKS if task != "reasoning")
+# Points are asked for by name: a checkpoint may have none, and the usual rows of a seed stay what they are.
+USUAL_TASKS = tuple(task for task in TASKS if task not in POINT_TASKS)
+TRAINING_TASKS = tuple(task for task in USUAL_TASKS if task != "reasoning")
 TASK_WEIGHTS = dict.fromkeys(TASKS, 1.0) | {"refer": 8.0, "detect": 2.0, "no_target": 1.5}
 KIND_WEIGHTS = dict(zip(KINDS, (25, 15, 10, 20, 6, 9, 5, 10), strict=True)) | dict.fromkeys(TEST_KINDS, 10)
 DETECT_KINDS = {"attribute": 6, "relation": 2, "negation": 1, "size": 1}
@@ -117,7 +119,7 @@ def scenes_rows(
         split: see the table above.
         annotations: scenes have none; anything but None is an error.
         images: False: rows without their pictures; a folder: as `photos`.
-        tasks: of `TASKS`; None: all, in training without `reasoning`.
+        tasks: of `TASKS`; None: all without those of points, in training without `reasoning`.
         seed: of everything; from 10^6 on for testing, below for training; None: the split's first.
         evaluation: use each task's fixed prompt.
         limit: so many pictures; None: 10,000, or 2,000 of a bench split.
@@ -155,7 +157,7 @@ class _Question:
 
     task: str
     turns: list[tuple[str, str]]
-    slots: list[tuple[list[float] | None, dict | None]]
+    slots: list[tuple]  # (box, mask, point), each may be None
     kind: str | None = None
     target: SceneObject | None = None
     expression: Expression | None = None
@@ -209,7 +211,7 @@ class ScenesDataset(Dataset):
             raise ValueError(f"scenes: questions must be at least 1, got {questions}")
         tasks, kinds = ([value] if isinstance(value, str) else value for value in (tasks, kinds))
         in_training = split == "train"
-        self.tasks = tuple(tasks) if tasks is not None else TRAINING_TASKS if in_training else TASKS
+        self.tasks = tuple(tasks) if tasks is not None else TRAINING_TASKS if in_training else USUAL_TASKS
         usual = tuple(kind for kind in KINDS if kind != "none")
         self.kinds = tuple(kinds) if kinds is not None else usual if in_training else (*usual, *TEST_KINDS)
         for name, values, known in (("task", self.tasks, TASKS), ("kind", self.kinds, (*usual, *TEST_KINDS))):
@@ -342,8 +344,9 @@ class ScenesDataset(Dataset):
                 {
                     "image": image,
                     "messages": messages,
-                    "boxes": [box for box, _ in question.slots],
-                    "masks": [mask for _, mask in question.slots],
+                    "boxes": [box for box, _, _ in question.slots],
+                    "masks": [mask for _, mask, _ in question.slots],
+                    "points": [point for _, _, point in question.slots],
                     "task": question.task,
                     "source": "scenes",
                     "image_id": f"{self.prefix}{self.seed}-{index}",
@@ -391,8 +394,17 @@ def bench_baselines(length: int = BENCH_PICTURES, seed: int = FIRST_TEST_SEED, s
 # ---- tasks: (scene, rng, generator of the prompts or None for the fixed ones, kinds) -> question or None -------------
 
 
-def _slots(objects: Iterable[SceneObject]) -> list[tuple]:
-    return [(one.box, one.mask) for one in objects]
+def _slots(objects: Iterable[SceneObject], with_points: bool = False) -> list[tuple]:
+    return [(one.box, one.mask, deepest_pixel(_visible(one)) if with_points else None) for one in objects]
+
+
+def _visible(one: SceneObject) -> np.ndarray:
+    """What can be seen of an object, as a bool array of the image's size."""
+    return decode_mask(one.mask, *one.mask["size"])
+
+
+def _click(one: SceneObject, rng: Random) -> list[float]:
+    return interior_point(_visible(one), np.random.Generator(np.random.PCG64(rng.getrandbits(64))))
 
 
 def _in_order(objects: Iterable[SceneObject]) -> list[SceneObject]:
@@ -426,11 +438,17 @@ def _refer_question(scene: Scene, found: Expression, generator) -> _Question:
 
 
 def _refer(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
+    found = _one_target(scene, rng, kinds)
+    return found and _refer_question(scene, found, generator)
+
+
+def _one_target(scene: Scene, rng: Random, kinds) -> Expression | None:
+    """An expression of one of these kinds that means one object."""
     weights = [KIND_WEIGHTS[kind] for kind in kinds]
     for _ in range(4):
         found = find_expression(scene, rng.choices(kinds, weights)[0], rng, lambda targets: len(targets) == 1, tries=8)
         if found is not None:
-            return _refer_question(scene, found, generator)
+            return found
     return None
 
 
@@ -451,22 +469,54 @@ def _means_one(text: str) -> bool:
     return text.startswith(("larger ", "smaller ")) or (relation is not None and relation[0] in distances)
 
 
-def _detect(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
+def _several_targets(scene: Scene, rng: Random) -> Expression | None:
+    """An expression that one can ask for every object of; mostly there are several."""
     least = 1 if rng.random() < 0.25 else 2
     for _ in range(3):
         kind = rng.choices(tuple(DETECT_KINDS), tuple(DETECT_KINDS.values()))[0]
         found = find_expression(scene, kind, rng, lambda targets: len(targets) >= least, tries=8)
         if found is not None and not _means_one(found.text):
-            objects = _in_order(scene.objects[i] for i in found.targets)
-            turn = render_prompt("detect", found.text, generator), VIS_TOKEN * len(objects)
-            return _Question("detect", [turn], _slots(objects), kind, None, found)
+            return found
     return None
+
+
+def _detect(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
+    found = _several_targets(scene, rng)
+    if found is None:
+        return None
+    objects = _in_order(scene.objects[i] for i in found.targets)
+    turn = render_prompt("detect", found.text, generator), VIS_TOKEN * len(objects)
+    return _Question("detect", [turn], _slots(objects), found.kind, None, found)
 
 
 def _box_to_mask(scene: Scene, rng: Random, generator, kinds) -> _Question:
     one = rng.choice(scene.objects)
     turn = render_prompt("box_to_mask", "", generator), VIS_TOKEN
-    return _Question("box_to_mask", [turn], [(one.box, None), *_slots([one])], None, one)
+    return _Question("box_to_mask", [turn], [(one.box, None, None), *_slots([one])], None, one)
+
+
+def _point(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
+    found = _one_target(scene, rng, kinds)
+    if found is None:
+        return None
+    one = scene.objects[found.targets[0]]
+    turn = render_prompt("point", f"the {found.text}", generator), VIS_TOKEN
+    return _Question("point", [turn], _slots([one], with_points=True), found.kind, one, found)
+
+
+def _point_all(scene: Scene, rng: Random, generator, kinds) -> _Question | None:
+    found = _several_targets(scene, rng)
+    if found is None:
+        return None
+    objects = _in_order(scene.objects[i] for i in found.targets)
+    turn = render_prompt("point_all", found.text, generator), VIS_TOKEN * len(objects)
+    return _Question("point_all", [turn], _slots(objects, with_points=True), found.kind, None, found)
+
+
+def _point_to_mask(scene: Scene, rng: Random, generator, kinds) -> _Question:
+    one = rng.choice(scene.objects)
+    turn = render_prompt("point_to_mask", "", generator), VIS_TOKEN
+    return _Question("point_to_mask", [turn], [(None, None, _click(one, rng)), *_slots([one])], None, one)
 
 
 def _caption_parts(scene: Scene) -> list[tuple[str, list[SceneObject]]]:
@@ -496,7 +546,7 @@ def _spotting_caption(scene: Scene, rng: Random, generator, kinds) -> _Question:
 
 def _prompt_slot(one: SceneObject, rng: Random) -> tuple:
     """An object as a user may give it: box, mask or both."""
-    return rng.choice(((one.box, None), (None, one.mask), (one.box, one.mask)))
+    return rng.choice(((one.box, None, None), (None, one.mask, None), (one.box, one.mask, None)))
 
 
 def _region_caption(scene: Scene, rng: Random, generator, kinds) -> _Question:
@@ -685,4 +735,7 @@ TASK_FUNCTIONS = {
     "grounded_vqa": _grounded_vqa,
     "reasoning": _reasoning,
     "dialogue": _dialogue,
+    "point": _point,
+    "point_all": _point_all,
+    "point_to_mask": _point_to_mask,
 }
