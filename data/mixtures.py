@@ -35,7 +35,7 @@ from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.reading import open_file, stream_json_array
 from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import describe_row, row_features, row_images
-from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.data.sources import default_split, prepared_files
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.images_perceptiongpt import read_image
 
@@ -437,8 +437,9 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
         if source == "parquet":
             root, split = entry["root"], entry.get("split", "train")
         else:
+            split = entry.get("split") or default_split(source)
             digest = blake2b(json.dumps(entry, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-            root, split = Path(cache) / f"{source}-{digest}", entry.get("split", "train")
+            root = Path(cache) / f"{source}-{digest}"
             prepare(source, root, **entry)
         name = Path(root).name if source == "parquet" else source
         names[name] += 1
