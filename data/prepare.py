@@ -479,6 +479,7 @@ def _takes_several(parameter: inspect.Parameter) -> bool:
 def _source_epilog(name: str, summary: str, entries: dict[str, str]) -> str:
     """What `--help` says of a source: what it reads and makes, and what the options for every source mean to it."""
     said, default = {}, f" Default: {default_split(name)}."
+    entries = {"split": "picks the files, and is what the column `split` says."} | entries
     for argument in COMMON_ARGUMENTS:
         if argument in entries and argument != "problems":  # which is --on_error
             said.setdefault(entries[argument], []).append(argument)
