@@ -1,4 +1,4 @@
-"""What the sources share: checked fields, pictures, and turns of a conversation put together to rows of the schema."""
+"""What the sources share: checked fields, images, and turns of a conversation put together to rows of the schema."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS, IMAGE_TOKEN
 from perceptiongpt.data.reading import (
     COCO_NAMES,
-    MissingPicture,
+    MissingImage,
     Problems,
     find_coco_image,
     find_image,
-    picture_size,
+    image_size,
     plain_name,
     safe_join,
     without_copies,
@@ -162,14 +162,14 @@ def inside_sentence(phrase: str) -> str:
     return phrase if first != first.capitalize() or first == "I" else phrase[0].lower() + phrase[1:]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
-class Pictures:
-    """Finds a source's pictures, and gives the columns `image`, `width` and `height` of a row.
+class ImageFinder:
+    """Finds a source's images, and gives the columns `image`, `width` and `height` of a row.
 
     Args:
-        images: the folder; None: the first of `usual` that has the picture; False: rows without pictures.
+        images: the folder; None: the first of `usual` that has the image; False: rows without images.
         usual: folders of the format's usual layout.
     """
 
@@ -180,24 +180,24 @@ class Pictures:
         self.folders = [Path(images)] if images else list(usual)
 
     def columns(self, *names: str, size: tuple[int, int] | None = None, coco_id: int | None = None) -> dict:
-        """Columns of one picture.
+        """Columns of one image.
 
         Args:
             names: file names, the first that exists counts.
-            size: (width, height) that the annotations state; a picture of another size is an error.
-            coco_id: look the picture up by COCO's number, too.
+            size: (width, height) that the annotations state; an image of another size is an error.
+            coco_id: look the image up by COCO's number, too.
 
         Returns:
-            `image`, `width`, `height`; without pictures and without a stated size both sides are 0, which the schema
+            `image`, `width`, `height`; without images and without a stated size both sides are 0, which the schema
             admits for rows without boxes and masks.
         """
         if not self.wanted:
             for name in names:
-                safe_join(".", name)  # refused here as well as where the pictures are opened
+                safe_join(".", name)  # refused here as well as where the images are opened
             width, height = size or (0, 0)
             return {"image": None, "width": width, "height": height}
         path = self.find(*names, coco_id=coco_id)
-        measured = picture_size(path)
+        measured = image_size(path)
         if size is not None and measured != size:
             raise ValueError(
                 f"{path} is {measured[0]} x {measured[1]} pixels, the annotations say {size[0]} x {size[1]}"
@@ -206,23 +206,23 @@ class Pictures:
         return {"image": {"path": str(path), "bytes": None}, "width": width, "height": height}
 
     def find(self, *names: str, coco_id: int | None = None) -> Path:
-        """The path of a picture; `MissingPicture` if there is none, `ValueError` if a name leaves its folder."""
+        """The path of an image; `MissingImage` if there is none, `ValueError` if a name leaves its folder."""
         for folder in self.folders:
             for look_up in [(find_image, name) for name in names] + [(find_coco_image, coco_id)]:
                 try:
                     if look_up[1] is not None:
                         return look_up[0](folder, look_up[1])
-                except MissingPicture:
+                except MissingImage:
                     continue
         first = names[0] if names else COCO_NAMES[0].format(coco_id)
-        raise MissingPicture(
-            f"image {first!r} is not in {', '.join(map(str, self.folders))}; say with --images where the pictures "
+        raise MissingImage(
+            f"image {first!r} is not in {', '.join(map(str, self.folders))}; say with --images where the images "
             "are, or do without them (--no_images) or without these records (--on_error skip)"
         )
 
 
 def stated_size(record: dict) -> tuple[int, int] | None:
-    """(width, height) of a record that has either; None of one without; `ValueError` if no picture is of that size."""
+    """(width, height) of a record that has either; None of one without; `ValueError` if no image is of that size."""
     if "width" not in record and "height" not in record:
         return None
     size = get(record, "width", of=int), get(record, "height", of=int)
@@ -231,9 +231,9 @@ def stated_size(record: dict) -> tuple[int, int] | None:
 
 
 def known_size(columns: dict) -> tuple[int, int]:
-    """(width, height) for boxes; `ValueError` if neither the annotations nor a picture tell."""
+    """(width, height) for boxes; `ValueError` if neither the annotations nor an image tell."""
     if not columns["width"]:
-        raise ValueError("the picture's size is in no annotation file, and boxes need it: give the pictures")
+        raise ValueError("the image's size is in no annotation file, and boxes need it: give the images")
     return columns["width"], columns["height"]
 
 

@@ -7,7 +7,7 @@ A mixture is a list of parts, each a prepared folder or a source by name, which 
         mixture:
           - {source: parquet, root: prepared/refcoco, split: train, weight: 2}
           - {source: visual_genome, root: vg, weight: 1, per_epoch: 100000}
-        leave_out: [refer]          # folders of the RefCOCO family: no picture of their val and test splits is used
+        leave_out: [refer]          # folders of the RefCOCO family: no image of their val and test splits is used
 
 In an epoch every part gives each of its rows once, at most `per_epoch` of them (others in the next epoch), while
 `weight` says in what proportion the parts are drawn. The order is `datasets.interleave_datasets`' over references to
@@ -42,11 +42,11 @@ MIXTURE_DEFAULTS = {
     "mixture": None,
     "seed": 0,
     "leave_out": [],  # files or folders for `refcoco_family_eval_images`
-    # Visual Genome's image_data.json, to know its pictures, which are in llava and viscot too, by COCO's numbers.
+    # Visual Genome's image_data.json, to know its images, which are in llava and viscot too, by COCO's numbers.
     "image_data": None,
     "stopping_strategy": "all_exhausted_without_replacement",  # of `datasets.interleave_datasets`
     "token_budget": None,  # most tokens of a batch, padding included; None: `per_device_train_batch_size` rows
-    "window": 512,  # rows among which those of like length, or of one picture, are put together
+    "window": 512,  # rows among which those of like length, or of one image, are put together
     "cache": None,  # where sources by name are prepared; default: OUTPUT/prepared
 }
 PART_KEYS = ("weight", "per_epoch", "questions")  # the last: of `DrawnPart`
@@ -62,7 +62,7 @@ class Part:
         files: its parquet files.
         weight: how often it is drawn, relative to the others.
         per_epoch: at most so many rows an epoch, or None.
-        is_left_out: says of a source, an `image_id` and the paths of the pictures whether their rows are left out.
+        is_left_out: says of a source, an `image_id` and the paths of the images whether their rows are left out.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Part:
             content = parquet.ParquetFile(file, pre_buffer=False)
             for group in range(content.num_row_groups):
                 count = content.metadata.row_group(group).num_rows
-                if _lacks_pictures(content.metadata.row_group(group)):
-                    raise ValueError(f"{name}: {file} was prepared without its pictures and cannot be trained on")
+                if _lacks_images(content.metadata.row_group(group)):
+                    raise ValueError(f"{name}: {file} was prepared without its images and cannot be trained on")
                 kept = np.flatnonzero(_are_answered(content, group)).astype(np.int32)
                 self.unanswered_rows += count - len(kept)
                 if is_left_out is not None:
-                    keys = _pictures_of(content, group)
+                    keys = _images_of(content, group)
                     left_out = {key for key in dict.fromkeys(keys) if is_left_out(*key)}
                     stays = [keys[row] not in left_out for row in kept]
                     images |= left_out
@@ -108,16 +108,16 @@ class Part:
     def __len__(self) -> int:
         return len(self._row)
 
-    def epoch(self, seed: int, epoch: int, by_picture: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(group, row) of an epoch's rows in its order: row groups drawn, and within each rows, or pictures, drawn."""
+    def epoch(self, seed: int, epoch: int, by_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(group, row) of an epoch's rows in its order: row groups drawn, and within each rows, or images, drawn."""
         starts = np.flatnonzero(np.diff(self._group, prepend=-1))
         blocks = np.split(np.arange(len(self)), starts[1:])
         generator = stable_generator(seed, self.name, epoch)
         chosen, count = [], 0
         for index in generator.permutation(len(blocks)):
             block = blocks[index]
-            if by_picture:
-                block = self._by_picture(block, generator)
+            if by_image:
+                block = self._by_image(block, generator)
             else:
                 block = generator.permutation(block)
             chosen.append(block)
@@ -127,7 +127,7 @@ class Part:
         order = np.concatenate(chosen)[: self.per_epoch]
         return self._group[order], self._row[order]
 
-    def _by_picture(self, block: np.ndarray, generator) -> np.ndarray:
+    def _by_image(self, block: np.ndarray, generator) -> np.ndarray:
         images = self._table(self._group[block[0]]).column("image_id").to_pylist()
         pictures = defaultdict(list)
         for index in block:
@@ -147,15 +147,15 @@ class Part:
         return self._tables[group]
 
     def read(self, group: int, row: int) -> dict:
-        """A row as it is stored: its picture is not opened yet."""
+        """A row as it is stored: its image is not opened yet."""
         return self._table(group).slice(row, 1).to_pylist()[0]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": OrderedDict()}
 
 
-def _lacks_pictures(group) -> bool:
-    """Whether the metadata of a row group say that no row of it has a picture, neither embedded nor by path."""
+def _lacks_images(group) -> bool:
+    """Whether the metadata of a row group say that no row of it has an image, neither embedded nor by path."""
     columns = [group.column(index) for index in range(group.num_columns)]
     columns = [column for column in columns if column.path_in_schema in ("image.bytes", "image.path")]
     found = [column.statistics and column.statistics.null_count == group.num_rows for column in columns]
@@ -173,8 +173,8 @@ def _are_answered(content: parquet.ParquetFile, group: int) -> np.ndarray:
     return answered
 
 
-def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
-    """(source, `image_id`, paths of the pictures) of each row of a group; embedded pictures are not read."""
+def _images_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
+    """(source, `image_id`, paths of the images) of each row of a group; embedded images are not read."""
     paths = [name for name in (column.path for column in content.schema) if re.fullmatch(r"image\..*\bpath", name)]
     rows = content.read_row_group(group, ["source", "image_id", *paths], use_threads=False).to_pylist()
     return [
@@ -189,7 +189,7 @@ class DrawnPart:
     Args:
         name, weight: as of `Part`.
         per_epoch: rows of an epoch.
-        questions: rows about one picture.
+        questions: rows about one image.
         arguments: of `ScenesDataset`.
     """
 
@@ -205,21 +205,21 @@ class DrawnPart:
     def __len__(self) -> int:
         return self.per_epoch
 
-    def epoch(self, seed: int, epoch: int, by_picture: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(picture, question) of an epoch's rows."""
+    def epoch(self, seed: int, epoch: int, by_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(image, question) of an epoch's rows."""
         row = np.arange(self.per_epoch)
         first = epoch * -(-self.per_epoch // self.questions)
         return (first + row // self.questions).astype(np.int32), (row % self.questions).astype(np.int32)
 
     def read(self, group: int, row: int) -> dict:
-        """A row with its picture."""
+        """A row with its image."""
         if self._drawn[0] != group:
             self._drawn = (group, self.dataset[group])
         return self._drawn[1][row]
 
 
 class Mixture(torch.utils.data.IterableDataset):
-    """An endless stream of batches (lists of rows, or of lists of rows of one picture) over several parts.
+    """An endless stream of batches (lists of rows, or of lists of rows of one image) over several parts.
 
     Each process and each of its dataloader workers draws its own rows; together an epoch's rows exactly. Use it with
     `DataLoader(mixture, batch_size=None, collate_fn=MixtureCollator(collator))`.
@@ -228,9 +228,9 @@ class Mixture(torch.utils.data.IterableDataset):
         parts: what is mixed.
         batch_size: items of a batch, if there is no `token_budget`.
         token_budget: most tokens of a batch, padding included; then rows of like length share a batch.
-        length: of a row: (its tokens, those of them up to and with its last picture). Needed for `token_budget`.
-        pack: at most so many rows of one picture make an item (a list).
-        window: rows among which lengths and pictures are looked at.
+        length: of a row: (its tokens, those of them up to and with its last image). Needed for `token_budget`.
+        pack: at most so many rows of one image make an item (a list).
+        window: rows among which lengths and images are looked at.
         seed, stopping_strategy: see `MIXTURE_DEFAULTS`.
         process, processes: which of how many this one is.
     """
@@ -338,7 +338,7 @@ class Mixture(torch.utils.data.IterableDataset):
         return {**self.parts[reference["part"]].read(reference["group"], reference["row"]), "epoch": epoch}
 
     def _cut(self, rows: list[dict], epoch: int) -> list[list]:
-        """Rows -> batches of rows, or of lists of rows of one picture."""
+        """Rows -> batches of rows, or of lists of rows of one image."""
         items = rows
         if self.pack is not None:
             pictures = defaultdict(list)
@@ -404,7 +404,7 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
     Sources by name are prepared under `cache` first; `scenes` are drawn while training.
 
     Raises:
-        ValueError: for whatever is wrong with a part, or if Visual Genome's pictures cannot be compared with those to
+        ValueError: for whatever is wrong with a part, or if Visual Genome's images cannot be compared with those to
             be left out for want of `image_data`.
     """
     is_left_out = None

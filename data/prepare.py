@@ -34,7 +34,7 @@ import yaml
 from pyarrow import parquet
 from tqdm import tqdm
 
-from perceptiongpt.data.reading import Problems, picture_size
+from perceptiongpt.data.reading import Problems, image_size
 from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_points, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
@@ -51,15 +51,15 @@ ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is 
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
 EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
 COUNTED = ("rows", "boxes", "masks", "points")  # per task
-UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
+UNKNOWN_SIZE = (640, 480)  # of the grey that stands for an image of which not even the size is known
 CARD = """---
 configs:
 - config_name: default
   data_files:
 {files}
 ---
-Prepared for PerceptionGPT from {sources}; one row is one conversation about its picture.
-`summary.json` holds the counts. The licences of the original annotations and pictures apply.
+Prepared for PerceptionGPT from {sources}; one row is one conversation about its image.
+`summary.json` holds the counts. The licences of the original annotations and images apply.
 """
 
 
@@ -82,7 +82,7 @@ def prepare(
         output: the folder to write to; other splits may be there already.
         split: handed to the source, and what the files are called; None: the source's own default.
         pictures: `path` (the shards name the files), `embed` (they hold them) or `none`.
-        num_proc: processes that check rows, open pictures and write; the source itself is read by one.
+        num_proc: processes that check rows, open images and write; the source itself is read by one.
         on_error: `raise` at the first bad record, or `skip` and count it.
         rows_per_shard: rows of the source that go to one shard.
         progress: show a progress bar.
@@ -226,12 +226,12 @@ def _stored(row: dict, pictures: str, index: int):
     several = isinstance(row["image"], (list, tuple))
     stored = []
     for image in row_images(row):
-        if not isinstance(image, dict):  # a picture that was made, not read
+        if not isinstance(image, dict):  # an image that was made, not read
             buffer = BytesIO()
             image.save(buffer, "PNG")
             image = {"path": None, "bytes": buffer.getvalue()}
         opened = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-        size = picture_size.__wrapped__(opened) if isinstance(opened, BytesIO) else picture_size(opened)
+        size = image_size.__wrapped__(opened) if isinstance(opened, BytesIO) else image_size(opened)
         if not several and size != (row["width"], row["height"]):
             raise ValueError(
                 f"{name}: {image['path'] or 'the picture'} is {size[0]} x {size[1]} pixels, the annotations say "
@@ -319,7 +319,7 @@ def _digest(rows: list[dict]) -> str:
     """A digest of the rows of a shard as the source gives them."""
 
     def plain(value):
-        content = value if isinstance(value, bytes) else value.tobytes()  # a picture
+        content = value if isinstance(value, bytes) else value.tobytes()  # an image
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     return hashlib.blake2b(json.dumps(rows, default=plain).encode(), digest_size=16).hexdigest()
@@ -426,9 +426,9 @@ def preview_rows(root: str | Path, split: str, count: int) -> list[dict]:
 
 
 def draw_row(row: dict):
-    """A row's (first) picture with its boxes and masks, numbered as in the conversation below it.
+    """A row's (first) image with its boxes and masks, numbered as in the conversation below it.
 
-    Without a picture at hand they are drawn on grey.
+    Without an image at hand they are drawn on grey.
     """
     from PIL import Image, ImageDraw
 
@@ -508,14 +508,14 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     parser.add_argument("--root", metavar="DIR", help="the folder with the data set as its authors pack it")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
     parser.add_argument("--split", nargs="+", help="one or more splits (default: the source's own, see its --help)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures, if it is elsewhere")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if it is elsewhere")
     parser.add_argument("--annotations", nargs="+", metavar="FILE", help="annotation files that are elsewhere")
     parser.add_argument("--tasks", nargs="+", help="only these of the source's tasks")
     parser.add_argument("--seed", type=int, help="of the prompts and whatever else is drawn (default 0)")
     parser.add_argument("--evaluation", action="store_true", help="the fixed prompts that measuring uses")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images or records")
-    parser.add_argument("--embed_images", action="store_true", help="put the pictures into the shards")
-    parser.add_argument("--no_images", action="store_true", help="rows without pictures, which need not be at hand")
+    parser.add_argument("--embed_images", action="store_true", help="put the images into the shards")
+    parser.add_argument("--no_images", action="store_true", help="rows without images, which need not be at hand")
     parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
         "--on_error", choices=["raise", "skip"], default="raise", help="at a bad record (default: raise)"

@@ -43,8 +43,8 @@ COCO_NAMES = (
 COCO_FOLDERS = ("", "train2014", "val2014", "train2017", "val2017")
 
 
-class MissingPicture(ValueError):
-    """A picture that is in none of the folders where it was looked for."""
+class MissingImage(ValueError):
+    """An image that is in none of the folders where it was looked for."""
 
 
 @dataclass
@@ -68,12 +68,12 @@ class Problems:
     def report(self, where: str, problem: str | ValueError, reason: str = "broken record") -> None:
         """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it.
 
-        A `MissingPicture` is counted under a reason of its own, whatever `reason` is.
+        A `MissingImage` is counted under a reason of its own, whatever `reason` is.
         """
         message = str(problem).removeprefix(f"{where}: ")
         if not self.skip:
             raise ValueError(f"{where}: {message}")
-        reason = "picture not found" if isinstance(problem, MissingPicture) else reason
+        reason = "image not found" if isinstance(problem, MissingImage) else reason
         self.counts[reason] += 1
         self._list(f"{reason}: {where}: {message}")
 
@@ -499,19 +499,19 @@ def load_plain_pickle(path: str | Path, member: str = "*"):
     return content
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = None) -> Path:
-    """A COCO picture by its id, under the 2014 or the 2017 name, in `folder` or its folder of that release.
+    """A COCO image by its id, under the 2014 or the 2017 name, in `folder` or its folder of that release.
 
     Args:
-        folder: where the pictures are, or where `train2014`, `train2017`, ... are.
+        folder: where the images are, or where `train2014`, `train2017`, ... are.
         image_id: COCO's number.
         file_name: a further name to look for first.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if `file_name` leaves the folder.
     """
     names = [pattern.format(int(image_id)) for pattern in COCO_NAMES]
@@ -522,29 +522,29 @@ def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = N
             if path.is_file():
                 return path
     looked_for = f"looked for {file_name or names[0]}, {names[-1]} and others"
-    raise MissingPicture(f"image {image_id} is not in {folder}; {looked_for}")
+    raise MissingImage(f"image {image_id} is not in {folder}; {looked_for}")
 
 
 def find_image(folder: str | Path, name: str) -> Path:
-    """The picture `name` in `folder`: under its whole name, else under the last part of it.
+    """The image `name` in `folder`: under its whole name, else under the last part of it.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if the name leaves the folder.
     """
     for candidate in (name, PurePosixPath(name).name):
         path = safe_join(folder, candidate)
         if path.is_file():
             return path
-    raise MissingPicture(f"image {name!r} is not in {folder}")
+    raise MissingImage(f"image {name!r} is not in {folder}")
 
 
 @lru_cache(maxsize=4096)
-def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
-    """(width, height) of a picture, upright as `datasets` opens it; `whole` also checks that it is not truncated.
+def image_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
+    """(width, height) of an image, upright as `datasets` opens it; `whole` also checks that it is not truncated.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if it cannot be read.
     """
     try:
@@ -556,7 +556,7 @@ def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
                 )  # a JPEG is read whole, decoded small
                 image.load()
     except FileNotFoundError as error:
-        raise MissingPicture(f"{path}: there is no such picture") from error
+        raise MissingImage(f"{path}: there is no such image") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     return size

@@ -46,7 +46,7 @@ TASKS = (
 )
 POINT_TASKS = ("point", "point_all", "point_to_mask")
 DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
-MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
 class RowImage(Image):
@@ -139,7 +139,7 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     Args:
         row: a row with the columns of `row_features`.
         index: its number or name, for the error message.
-        with_images: False admits a row whose picture is not at hand (`image` None); if it has no signals, its size may
+        with_images: False admits a row whose image is not at hand (`image` None); if it has no signals, its size may
             be unknown (0 x 0).
 
     Returns:
@@ -195,9 +195,9 @@ def check_unicode(text, name: str) -> None:
 
 
 def check_size(width, height, name: str) -> None:
-    """`ValueError` unless these are the sides in pixels of a picture that can be."""
+    """`ValueError` unless these are the sides in pixels of an image that can be."""
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in (width, height))
-    if not whole or min(width, height) < 1 or width * height > MAX_PICTURE_PIXELS:
+    if not whole or min(width, height) < 1 or width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
 
 

@@ -138,7 +138,7 @@ def rows(name: str, **arguments) -> Iterator[dict]:
 
     Args:
         name: one of `SOURCES`.
-        arguments: of the source; `images=False` makes rows without pictures.
+        arguments: of the source; `images=False` makes rows without images.
     """
     problems = arguments.setdefault("problems", Problems())
     with_images = arguments.get("images") is not False

@@ -348,7 +348,7 @@ def test_what_cannot_be_a_target_makes_no_rows(folder):
         ({"annotation": {"segmentation": {"size": [40, 30], "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
         ({"annotation": {"segmentation": {"size": [30, 40], "counts": "a b"}}}, "RLE string"),
         ({"annotation": {"segmentation": {"size": None, "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
-        ({"annotation": {"segmentation": [[5, 5, 1e9, 5, 15, 20]]}}, "lies far outside the 40 x 30 picture"),
+        ({"annotation": {"segmentation": [[5, 5, 1e9, 5, 15, 20]]}}, "lies far outside the 40 x 30 image"),
         ({"annotation": {"image_id": [1]}}, "annotation 9 belongs to image \\[1\\], which is not listed"),
         ({"image": {"width": 10**6, "height": 10**6}}, "image 1: image of 1000000 x 1000000 pixels"),
         ({"image": {"width": None}}, "image 1: image of None x 30 pixels"),

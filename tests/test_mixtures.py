@@ -303,7 +303,7 @@ def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):
         arguments = {"root": str(data_dir / "refcoco_mini"), "split": "val", "images": images and str(images)}
         prepare("refer", tmp_path / pictures, pictures=pictures, **arguments)
     assert len(Part("with", prepared_files(tmp_path / "path", "val"))) == 4
-    with pytest.raises(ValueError, match="without: .*val-00000-of-00001.parquet was prepared without its pictures"):
+    with pytest.raises(ValueError, match="without: .*val-00000-of-00001.parquet was prepared without its images"):
         Part("without", prepared_files(tmp_path / "none", "val"))
 
 

@@ -1,8 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in the form of the REFER toolkit: refs (a pickle or a json list) beside a COCO
 instances file.
 
-A ref's `file_name` is not an image name (its end numbers the object): the picture is the one of its `image_id`. Every
-sentence of a ref is a row of its own, also where the same text names two objects of one picture.
+A ref's `file_name` is not an image name (its end numbers the object): the image is the one of its `image_id`. Every
+sentence of a ref is a row of its own, also where the same text names two objects of one image.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     box_from_xywh,
     chosen_tasks,
@@ -68,8 +68,8 @@ def refer_rows(
         split: train, val, test, testA or testB, as the refs say; None: all.
         annotations: refs and instances files that are elsewhere; without instances these are looked for beside the
             refs, without refs these are looked for under `root`.
-        images: folder of the COCO pictures, under their 2014 or 2017 names, in `train2014` and the like or directly.
-            False: no pictures; `image` is None.
+        images: folder of the COCO images, under their 2014 or 2017 names, in `train2014` and the like or directly.
+            False: no images; `image` is None.
         tasks: any of `REFER_TASKS`; by default `refer` alone, one row per sentence. `box_to_mask` gives one row per
             ref, `region_caption` one per sentence.
         seed, evaluation: of the prompts; the fixed evaluation prompts instead.
@@ -148,7 +148,7 @@ def _caption_row(phrase: str, target: tuple, columns: dict, generator) -> dict:
 
 
 def read_target(annotation: dict, image_id: int, columns: dict) -> tuple[list[float], dict | None]:
-    """(xyxy box, mask) of a COCO annotation on the picture of `columns`; the mask is None if it covers no pixel."""
+    """(xyxy box, mask) of a COCO annotation on the image of `columns`; the mask is None if it covers no pixel."""
     if annotation.get("image_id", image_id) != image_id:
         raise ValueError(f"annotation {annotation.get('id')!r} belongs to image {annotation['image_id']!r}")
     name = f"annotation {annotation.get('id')!r}"
@@ -217,14 +217,14 @@ def ref_rows(
         records |= _select(path, member, "images", image_ids, problems)
         found |= _select(path, member, "annotations", ann_ids, problems)
 
-    pictures = Pictures(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
+    finder = ImageFinder(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
     for where, ref, _ in refs:
         try:
             record = records.get(ref["image_id"], {})
             if instances_files and not record:
                 raise ValueError(f"image {ref['image_id']!r} is not in the instances file")
             names = [record["file_name"]] if record.get("file_name") else []
-            columns = pictures.columns(*names, size=stated_size(record), coco_id=ref["image_id"])
+            columns = finder.columns(*names, size=stated_size(record), coco_id=ref["image_id"])
             columns |= {"source": source, "image_id": str(ref["image_id"]), "split": find_split(ref["split"])}
             rows = list(rows_of(where, ref, found, columns))
         except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     check_box,
     chosen_tasks,
     coco_image_id,
@@ -46,7 +46,7 @@ def shikra_rec_rows(
         split: train, val, test, testA or testB. A line says its split itself, else the file's name does, else it is
             the one asked for. None: all.
         annotations: the files, where they are elsewhere.
-        images: folder of the COCO pictures (see `refer_rows`); False: no pictures.
+        images: folder of the COCO images (see `refer_rows`); False: no images.
         tasks: `refer`.
         limit: at most this many rows.
         problems: what happens to bad lines; default: the first one raises.
@@ -75,7 +75,7 @@ def read_shikra(record: dict) -> dict:
     }
 
 
-# ---- what lists of (picture, text, box) share ------------------------------------------------------------------------
+# ---- what lists of (image, text, box) share ------------------------------------------------------------------------
 
 
 def list_rows(
@@ -90,7 +90,7 @@ def list_rows(
     problems: Problems,
 ) -> Iterator[dict]:
     """A row per record of the files that belongs to `split` and `dataset`; `read` gives a record's fields."""
-    pictures = Pictures(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
+    finder = ImageFinder(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
     split, seen, used = find_split(split), Counter(), False
     for file in files:
         file_split = split_in_name(file) or split
@@ -104,7 +104,7 @@ def list_rows(
                 used = True
                 coco_id = int(fields["image_id"]) if fields["is_coco"] and fields["image_id"].isdecimal() else None
                 size = stated_size(record)
-                columns = pictures.columns(fields["name"], size=size, coco_id=coco_id)
+                columns = finder.columns(fields["name"], size=size, coco_id=coco_id)
                 columns |= {"source": source, "image_id": fields["image_id"], "split": own_split or "train"}
                 targets = []
                 if fields["box"] is not None:

@@ -38,7 +38,7 @@ DOT = "dot"  # what a shape is called that is too small for its form to be seen
 LEAST_SHAPE_SIDE, LEAST_PATTERN_SIDE = 10.0, 16.0  # pixels
 LEAST_VISIBLE = 0.45  # share of every object that stays visible
 LEAST_HIDDEN = 0.06  # from this share on an object counts as partly hidden
-REFERENCE_SIZE = 128  # sides of a `Layout` are pixels of a picture of this size
+REFERENCE_SIZE = 128  # sides of a `Layout` are pixels of an image of this size
 SUPERSAMPLING = 4
 POOL_SCENES = 256  # so many scenes in a row share `POOL_PHOTOS` photos
 LEAST_CUTOUT_PIXELS = 24  # of a pasted object
@@ -93,7 +93,7 @@ class Layout:
 
     Args:
         counts: least and most objects.
-        sides: least and most longer side of an object as a whole, in pixels of a picture of 128 x 128; log-uniform.
+        sides: least and most longer side of an object as a whole, in pixels of an image of 128 x 128; log-uniform.
         hidden: at least this share of the objects is partly hidden; None: a share drawn from 0 to 0.5 is tried.
         held_out: whether combinations of `HELD_OUT` occur (one at least); otherwise they never do.
         odd: share of the scenes in which all objects but one have something in common.
@@ -130,7 +130,7 @@ class SceneObject:
 
 @dataclass(eq=False)
 class Scene:
-    """A picture (uint8, (size, size, 3)), its objects, and the kind of its background.
+    """An image (uint8, (size, size, 3)), its objects, and the kind of its background.
 
     `absent`: names that may be said to be absent (shapes, or categories that the photo behind does not hold either).
     `behind`: categories that the photo behind holds, which are not annotated.
@@ -160,7 +160,7 @@ def draw_scene(
 
     Args:
         key: the scene's random numbers depend on this string (and the arguments) alone.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         layout: what it looks like.
         plain: whether its background is plain or a gradient, or else textured or a photo; None: drawn.
         sides: the objects' longer sides in pixels; None: drawn from the layout.
