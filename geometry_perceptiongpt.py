@@ -194,12 +194,13 @@ def mask_depth(mask: np.ndarray) -> np.ndarray:
     column_squared = np.minimum(rows - above, below - rows) ** 2
     # Then from column to column, as far as a pixel outside can still be the nearest to any pixel.
     padded = np.pad(column_squared, ((0, 0), (width, width)))
-    squared = column_squared.copy()
+    squared, shifted = column_squared.copy(), np.empty_like(column_squared)
     for offset in range(1, width + 1):
         if offset**2 >= squared.max():
             break
         for start in (width - offset, width + offset):
-            np.minimum(squared, padded[:, start : start + width] + offset**2, out=squared)
+            np.add(padded[:, start : start + width], offset**2, out=shifted)
+            np.minimum(squared, shifted, out=squared)
     return np.sqrt(squared)
 
 

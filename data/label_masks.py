@@ -1,13 +1,12 @@
-"""Masks for boxes that have none, from a segment-anything model: prepared folder in, prepared folder out.
+"""Add masks from a segment-anything model to boxes that have none: prepared folder in, prepared folder out.
 
     python -m perceptiongpt.data.label_masks --input prepared/vg --output labelled/vg --model facebook/sam-vit-huge \
         --num_proc 2 --device cuda:0 cuda:1
 
-The model is any checkpoint id or folder of transformers for mask generation (SAM, SAM-HQ, SAM 2, SAM 3's tracker). Each
-box in an answer is a prompt for its mask, as the paper does for Visual Genome and Flickr30k. The IoU that the model
-predicts of its mask is kept in the column `mask_iou` (per `<vis>`, null where nothing was predicted); a mask below
-`--min_iou`, or empty, is dropped and its box stays alone. A shard is written when all of it is labelled; the same
-command again goes on with those that are missing.
+The model is any mask generation checkpoint of transformers, by id or folder (SAM, SAM-HQ, SAM 2, SAM 3's tracker). Each
+box in an answer is a prompt for its mask, as in the paper for Visual Genome and Flickr30k. The column `mask_iou` holds
+the IoU that the model predicts for its mask (per `<vis>`, null without a prediction). A mask below `--min_iou`, or an
+empty one, is dropped, and its box stays without a mask. The same command again labels the missing shards.
 """
 
 import argparse
@@ -172,21 +171,21 @@ def label_rows(
 
     `bar` counts the rows of the images that went through the model.
     """
-    pictures = []  # (rows of one image, its boxes in want of a mask, each once)
+    images_rows = []  # (rows of one image, its boxes without a mask, each once)
     for _, group in groupby(enumerate(rows), lambda item: picture_key(item[1]) or item[0]):
         own = [row for _, row in group]
         wanted = {tuple(box): None for row in own for box in _boxes_without_mask(row) if box is not None}
-        pictures.append((own, list(wanted)))
+        images_rows.append((own, list(wanted)))
     counts = Counter()
     found = {}
-    for some in _batches(((own, boxes) for own, boxes in pictures if boxes), batch_size):
+    for some in _batches(((own, boxes) for own, boxes in images_rows if boxes), batch_size):
         images = [_open_image(own[0]) for own, _ in some]
         for (own, boxes), masks in zip(some, labeller(images, [boxes for _, boxes in some]), strict=True):
             found[id(own)] = dict(zip(boxes, masks, strict=True))
         if bar is not None:
             bar.update(sum(len(own) for own, _ in some))
     labelled = []
-    for own, _ in pictures:
+    for own, _ in images_rows:
         for row in own:
             masks, ious = list(row["masks"]), [None] * len(row["masks"])
             for slot, box in enumerate(_boxes_without_mask(row)):
@@ -319,22 +318,24 @@ def main(arguments: Iterable[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--input", required=True, metavar="DIR", help="a folder that data.prepare has made")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the labelled shards go")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument("--model", required=True, metavar="ID", help="a checkpoint id or folder")
     parser.add_argument("--split", default="train")
     parser.add_argument("--min_iou", type=float, default=0.8, help="drop masks of lower predicted IoU (default 0.8)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time")
-    parser.add_argument("--boxes_per_pass", type=int, default=16, metavar="N", help="boxes of an image at a time")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images per batch")
+    parser.add_argument(
+        "--boxes_per_pass", type=int, default=16, metavar="N", help="boxes of an image per forward pass"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", nargs="+", default=[default_device], help="of the processes, in turn")
-    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--device", nargs="+", default=[default_device], help="devices of the processes, in turn")
+    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="number of processes")
     try:
         summary = label_masks(**vars(parser.parse_args(arguments)), progress=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
     counts = {key: value for key, value in summary["labelled"].items() if key != "settings"}
-    print("masks: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none was wanted"))
+    print("masks: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "no box lacks one"))
 
 
 if __name__ == "__main__":

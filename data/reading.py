@@ -1,7 +1,7 @@
-"""Reading annotation files: packed or plain, large or small, never trusted.
+"""Reading annotation files, packed or plain, of any size, without trusting their content.
 
-Errors are `ValueError`s that name the file, the record, the value and what was expected. What concerns a single record
-goes through `Problems`, so that the user can choose to stop or to skip and count.
+Errors are `ValueError`s that name the file, the record, the value and what was expected. Errors in single records go
+through `Problems`, so that the user can choose to stop, or to skip and count them.
 """
 
 import bz2
@@ -44,19 +44,19 @@ COCO_FOLDERS = ("", "train2014", "val2014", "train2017", "val2017")
 
 
 class MissingImage(ValueError):
-    """An image that is in none of the folders where it was looked for."""
+    """An image that is in none of the folders searched."""
 
 
 @dataclass
 class Problems:
-    """What was wrong with records: the first problem raises, or all are counted and the first few are listed.
+    """Bad records: the first one raises an error, or all are counted and the first few of each kind listed.
 
     Attributes:
         skip: count and go on instead of raising.
-        keep: messages that are listed of each reason.
-        counts: how often each reason occurred, what `leave_out` counts included.
+        keep: how many messages to list per reason.
+        counts: how often each reason occurred, including those of `leave_out`.
         examples: the first messages of each reason, as "<reason>: <where>: <message>".
-        by_task: per task, how many of its rows could not be made, by reason; other tasks may use the same record.
+        by_task: per task and reason, how many rows it could not make of records that other tasks may use.
     """
 
     skip: bool = False
@@ -66,9 +66,9 @@ class Problems:
     by_task: dict[str, Counter] = field(default_factory=dict)
 
     def report(self, where: str, problem: str | ValueError, reason: str = "broken record") -> None:
-        """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it.
+        """Raise `ValueError` for a bad record, or with `skip` count it, so that the caller goes on without it.
 
-        A `MissingImage` is counted under a reason of its own, whatever `reason` is.
+        A `MissingImage` is always counted as "image not found".
         """
         message = str(problem).removeprefix(f"{where}: ")
         if not self.skip:
@@ -83,17 +83,17 @@ class Problems:
             self.examples.append(example)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
-        """Something the format itself tells to leave out (a crowd region, a flag): counted, never an error."""
+        """Count what the format itself excludes (a crowd region, a flag); this is never an error."""
         if count:
             self.counts[reason] += count
 
     def leave_out_row(self, task: str, reason: str, count: int = 1) -> None:
-        """Rows that a task cannot make of a record that is whole: counted for that task alone."""
+        """Count rows that one task cannot make of an intact record."""
         if count:
             self.by_task.setdefault(task, Counter())[reason] += count
 
     def update(self, other: "Problems") -> None:
-        """Add what another process or file has found."""
+        """Add the counts and examples of another process or file."""
         self.counts.update(other.counts)
         for task, counts in other.by_task.items():
             self.by_task.setdefault(task, Counter()).update(counts)
@@ -398,7 +398,7 @@ def stream_json_array(stream: BinaryIO, *keys: str, bare: bool = False) -> Itera
 
 
 def until_broken(items: Iterable, path: str | Path, problems: Problems) -> Iterator:
-    """The items that are read from a file, up to where it is broken, which goes to `problems`."""
+    """The items of a file up to where it is broken; the error then goes to `problems`."""
     items = iter(items)
     while True:
         try:

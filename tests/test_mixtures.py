@@ -295,7 +295,7 @@ def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, monkeypa
     rows = [part.read(*where) for where in zip(*part.epoch(0, 0, False), strict=True)]
     assert {row["messages"][-1]["role"] for row in rows} == {"assistant"}
     mixtures.print_parts([part])
-    assert "some: 3 rows have no answer to learn" in capsys.readouterr().out
+    assert "some: 3 rows without an answer are left out" in capsys.readouterr().out
 
 
 def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):

@@ -4,8 +4,8 @@ Tasks: `refer` ("the dog", or "the second cup from the left" where the category 
 instance of a category), `no_target` (a category that is not in the image), `box_to_mask`; and, where they are asked
 for, `point` and `point_all` (as `refer` and `detect`, with the point to point at) and `point_to_mask` (a click).
 
-Crowd regions are never targets. Where a category has one in an image, neither "the dog" nor "every dog" nor "there is
-no dog" can be said of that image; its other instances still make rows of `box_to_mask` and `point_to_mask`. The same
+Crowd regions are never targets. If a category has one in an image, then "the dog", "every dog" and "there is no dog"
+are all unclear there; the category's other instances still make rows of `box_to_mask` and `point_to_mask`. The same
 holds for an instance without area, which real files contain.
 """
 
@@ -36,8 +36,8 @@ from perceptiongpt.geometry_perceptiongpt import clip_box, deepest_pixel, interi
 
 COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask", *POINT_TASKS)
 ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
-POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the image's side on
-SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
+POSITION_MARGIN = 0.02  # least distance, as a share of the image's side, to tell two objects apart by position
+SIZE_RATIO = 1.5  # least ratio of box areas for telling them apart by size
 PER_CATEGORY_TASKS = ("refer", "box_to_mask", "detect", "point", "point_all", "point_to_mask")
 EXPRESSION_KEYS = {"refer": "expression", "point": "point expression"}  # of the random draw among expressions
 # Why a task makes no row of an instance or category.
@@ -82,9 +82,9 @@ def coco_folder_rows(
     Args:
         root: a folder with `annotations/instances_<split>2017.json` (or 2014, or without a year, packed or plain, also
             without the folder `annotations`) and the images in `<split>2017/` (or 2014, or `images/`).
-        annotations, images: where these are elsewhere; `images=False`: rows without images.
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
         tasks: default `refer`, `detect`, `no_target`.
-        Others: as `coco_rows`.
+        Others: as in `coco_rows`.
     """
     stems = [f"{split}{year}" for year in ("2017", "2014", "")]
     if annotations is None:
@@ -107,7 +107,7 @@ def coco_folder_rows(
 
 @contextmanager
 def skipping(problems: Problems | None, where: str | Path) -> Iterator[None]:
-    """Hand a `ValueError` to `problems` if these are to be skipped; else it goes on its way."""
+    """Count a `ValueError` in `problems` if bad records are skipped; else raise it."""
     try:
         yield
     except ValueError as error:
@@ -138,11 +138,11 @@ def coco_rows(
             (box area / longer side squared). A smaller one still makes an expression ambiguous and keeps its category
             from a `detect` row, whose answer would otherwise be incomplete.
         seed: decides the expressions, the prompts and the absent categories, per row.
-        limit: only the first `limit` images.
+        limit: read only the first `limit` images.
         image_ids: only these images, which must exist.
         split: what the column `split` says.
         evaluation: use each task's fixed evaluation prompt.
-        problems: what happens to bad records; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
 
     Raises:
         ValueError: naming file, annotation or image, for anything that is missing, broken or outside; nothing is
@@ -185,7 +185,7 @@ def coco_rows(
 
 
 class PackedAnnotations(Mapping):
-    """{image id: its annotations}, held packed: as Python objects they would take seven times the size of the file."""
+    """{image id: its annotations}, serialised: as Python objects they would take seven times the memory."""
 
     def __init__(self):
         self.packed = {}
@@ -273,7 +273,7 @@ def read_instances(
 
 
 def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Path:
-    """The checked path of an image: inside `folder`, present, whole, and of the size that `record` states."""
+    """The path of an image, checked: inside `folder`, not truncated, and of the size that `record` states."""
     name = f"{annotations}: image {record['id']!r}, file {record['file_name']!r}"
     try:
         path = safe_join(folder, record["file_name"])
@@ -423,8 +423,10 @@ def instance_rows(
 
 
 def with_point(instance: dict) -> dict:
-    """An instance {box, mask} with the point that one would point at."""
-    return {**instance, "point": deepest_pixel(decode_rle(instance["mask"]))}
+    """An instance {box, mask} with its deepest pixel as `point`."""
+    if "deepest" not in instance:  # several tasks ask for it
+        instance["deepest"] = deepest_pixel(decode_rle(instance["mask"]))
+    return {**instance, "point": instance["deepest"]}
 
 
 def box_area(box_xyxy: list[float]) -> float:

@@ -47,9 +47,9 @@ def coco_captions_rows(
             only gives the images' sizes.
         images: the folder of images, or of `train2014`, `val2014`, ..; False: rows without images.
         tasks: `caption`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead.
-        limit: only the first `limit` images.
-        problems: takes what is wrong with an image or caption; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     chosen_tasks(tasks, ["caption"], "coco_captions")

@@ -61,12 +61,12 @@ def coco_panoptic_rows(
     Args:
         root: folder with `annotations/panoptic_<split>2017.json`, the PNGs in `annotations/panoptic_<split>2017` (both
             also directly in `root`) and the images in `<split>2017`.
-        annotations, images: where these are elsewhere; `images=False`: rows without images.
-        tasks: any of `PANOPTIC_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` images.
-        problems: takes what is wrong with an image; default: raise.
-        masks: the folder or zip of the PNGs; default: what is named as the json, beside it.
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
+        tasks: any of `PANOPTIC_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
+        masks: the folder or zip of the PNGs; default: the one beside the json with the same name.
     """
     problems = problems or Problems()
     tasks = chosen_tasks(tasks, PANOPTIC_TASKS, "coco_panoptic")
@@ -121,7 +121,7 @@ def _needed(record: dict) -> dict:
 
 
 def plain_name(name: str) -> str:
-    """A panoptic category as one says it: "wall-brick" -> "brick wall", "sky-other-merged" -> "sky"."""
+    """A panoptic category in plain words: "wall-brick" -> "brick wall", "sky-other-merged" -> "sky"."""
     if name in TURNED_ROUND:
         return " ".join(reversed(name.split("-")))
     for ending in ("-merged", "-other", "-stuff"):
@@ -130,7 +130,7 @@ def plain_name(name: str) -> str:
 
 
 class SegmentIds:
-    """The panoptic PNGs of a folder, or of a zip, which is opened and listed once.
+    """The panoptic PNGs in a folder or a zip; a zip is opened and listed once.
 
     Raises:
         ValueError: if the zip cannot be read.

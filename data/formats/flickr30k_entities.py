@@ -58,10 +58,10 @@ def flickr30k_entities_rows(
         split: `train`, `val` or `test`, or the name of another list `<split>.txt`. Without any list: everything.
         annotations: archives or folders with the xml and txt files, and split lists, if they are elsewhere.
         images: the folder of images; False: rows without images.
-        tasks: any of `FLICKR_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` images.
-        problems: takes what is wrong with an image's files; default: raise.
+        tasks: any of `FLICKR_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
         leave_out_unrelated: leave out the captions listed in `UNRELATED_CAPTIONS`.
     """
     problems = problems or Problems()

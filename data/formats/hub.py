@@ -9,10 +9,10 @@
 | `caption` | a text, or several -> `caption`; with a box or mask, its `region_caption` |
 | `question`, `answer` | texts -> `vqa`; with a box or mask, `region_vqa` |
 | `image_id` | a name or number of the image; COCO file names, here or of the image, become COCO's number |
-| `width`, `height` | of the image, pixels; needed only where images that are given by path are not at hand |
+| `width`, `height` | of the image, in pixels; needed only if images given by path are missing |
 
-One text is about all objects of its record. Several texts are about its one object, or, as many as objects, about one
-each (the same text twice: about both).
+A single text is about all objects of its record. Several texts are all about the one object, or, if there are as many
+texts as objects, about one object each (a text that occurs twice: about both).
 
 A data set that has the schema's own columns needs no mapping.
 """
@@ -92,10 +92,10 @@ def hub_rows(
         annotations: files of the data set, instead of all (`data_files` of `load_dataset`).
         images: the folder of images that are given by path (COCO's also under their other names), default `root`;
             False: rows without images.
-        tasks: any of `HUB_TASKS` that the columns offer; default all. Each phrase is a sample of its own.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records.
-        problems: takes what is wrong with a record; default: raise.
+        tasks: any of `HUB_TASKS` that the columns offer; default: all. Each phrase is a sample of its own.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` records.
+        problems: collects bad records; None: the first one raises.
         columns: which column has which role, as a mapping, as "role=column role=column", or as a list of such pairs
             (`--columns image=photo phrase=answer box=bbox`). A column `image` needs no mention. Default: by the
             columns of known data sets.
@@ -205,7 +205,7 @@ def _offered(mapping: dict) -> list[str]:
 
 
 def _read_all(dataset) -> Iterator[dict]:
-    """The records of a streamed data set; what its reader raises becomes a `ValueError`."""
+    """The records of a streamed data set; errors of its reader become `ValueError`s."""
     try:
         yield from dataset
     except (*BROKEN, RuntimeError, DatasetsError) as error:
@@ -260,7 +260,7 @@ def _about(texts: list[str], slots: list[tuple]) -> list[tuple[str, list[tuple]]
 
 
 def _image_id(value: dict, otherwise: str) -> str:
-    """What the column `image_id` says, else COCO's number in the image's file name, else `otherwise`."""
+    """The value of the column `image_id`, else COCO's number in the image's file name, else `otherwise`."""
     if "image_id" not in value:
         path = value["image"] if isinstance(value["image"], str) else value["image"].get("path")
         return coco_image_id(path or "") or otherwise
@@ -325,7 +325,7 @@ def _read_boxes(value, box_format: str, width: int, height: int) -> list[list[fl
 
 
 def _decimals(numbers: list) -> list:
-    """What the numbers were before a float32 column: 468.29998779 -> 468.3. (A polygon would else lose pixels.)"""
+    """The numbers as they were before a float32 column: 468.29998779 -> 468.3. (Else a polygon loses pixels.)"""
     try:
         values = [float(number) for number in numbers]
     except (TypeError, ValueError) as error:

@@ -61,10 +61,10 @@ def llava_rows(
         split: what the column `split` says.
         annotations: the files, if they are elsewhere.
         images: the folder that the records' `image` is relative to; False: rows without images.
-        tasks: any of `LLAVA_TASKS`; default all that a record gives.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records of each file.
-        problems: takes what is wrong with a record; default: raise.
+        tasks: any of `LLAVA_TASKS`; default: all that a record offers.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` records of each file.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     tasks = chosen_tasks(tasks, LLAVA_TASKS, "llava")

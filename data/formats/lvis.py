@@ -1,8 +1,8 @@
 """LVIS (v0.5 and v1) as rows of the schema.
 
-As COCO instances, but only some categories are known of an image: `neg_category_ids` are surely absent, those in
-`not_exhaustive_category_ids` are there, with more instances than are annotated; of all others nothing is known. v1 has
-no `file_name`: the end of `coco_url` is taken.
+Like COCO instances, but an image is annotated for some categories only: those in `neg_category_ids` are absent, those
+in `not_exhaustive_category_ids` have more instances than are annotated, and of the others nothing is known. v1 has no
+`file_name`; the end of `coco_url` replaces it.
 """
 
 from collections import defaultdict
@@ -39,11 +39,11 @@ def lvis_rows(
         root: folder with `lvis_v1_<split>.json` (also packed, or in `annotations`) and COCO's `train2017`, `val2017`:
             the images of LVIS val are in both.
         split: picks the file, and is what the column `split` says.
-        annotations, images: where these are elsewhere; `images=False`: rows without images.
-        tasks: any of `LVIS_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` images.
-        problems: takes what is wrong with a record; default: raise.
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
+        tasks: any of `LVIS_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, LVIS_TASKS, "lvis")
     root = Path(root)

@@ -44,9 +44,9 @@ def pope_rows(
         annotations: the files, if they are elsewhere.
         images: the folder of images, or of COCO's folders of images; False: rows without images.
         tasks: `vqa`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead.
-        limit: only the first `limit` questions of each file.
-        problems: takes what is wrong with a question; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` questions of each file.
+        problems: collects bad records; None: the first one raises.
     """
     chosen_tasks(tasks, ["vqa"], "pope")
     root = Path(root)

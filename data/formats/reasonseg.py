@@ -62,9 +62,9 @@ def reasonseg_rows(
         images: folder of the images; None: beside the json files. False: no images; the size, which masks need,
             then comes from the json (`imageWidth`, `imageHeight`) or from an image beside it.
         tasks: `reasoning`.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
         limit: at most this many rows.
-        problems: what happens to bad files; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     chosen_tasks(tasks, ("reasoning",), "reasonseg")

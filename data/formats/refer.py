@@ -1,8 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in the form of the REFER toolkit: refs (a pickle or a json list) beside a COCO
 instances file.
 
-A ref's `file_name` is not an image name (its end numbers the object): the image is the one of its `image_id`. Every
-sentence of a ref is a row of its own, also where the same text names two objects of one image.
+A ref's `file_name` does not name an image (its end numbers the object); `image_id` does. Every sentence of a ref makes
+one row, also where the same text names two objects of an image.
 """
 
 import re
@@ -72,9 +72,9 @@ def refer_rows(
             False: no images; `image` is None.
         tasks: any of `REFER_TASKS`; by default `refer` alone, one row per sentence. `box_to_mask` gives one row per
             ref, `region_caption` one per sentence.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
         limit: at most this many rows.
-        problems: what happens to bad records; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
         dataset: refcoco, refcoco+ or refcocog.
         split_by: unc, google or umd; by default the one that the field reports on.
 
@@ -123,7 +123,7 @@ def read_phrase(text) -> str:
 
 
 def without_article(phrase: str) -> str:
-    """The phrase as it goes into "There is no .."."""
+    """The phrase as it stands in "There is no ..."."""
     return re.sub(r"^(the|an?)\s+(?=\S)", "", phrase, flags=re.IGNORECASE)
 
 
@@ -133,7 +133,7 @@ def find_split(split: str | None) -> str | None:
 
 
 def is_integer(value) -> bool:
-    """Whether it is an int and no bool."""
+    """Whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -329,7 +329,7 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
 
 
 def packed_data_set(folder: Path, dataset: str) -> list[Path]:
-    """`<dataset>.zip` as it is downloaded, or the same as a tar; none or one."""
+    """The archive of a data set (`<dataset>.zip`, or a tar), if there is one."""
     return without_copies(path for path in sorted(folder.glob(f"{dataset}.*")) if is_archive(path))
 
 

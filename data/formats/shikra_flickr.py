@@ -54,10 +54,10 @@ def shikra_flickr_rows(
         split: picks the file, and is what the column `split` says.
         annotations: the json lines, if they are elsewhere.
         images: the folder of images; False: rows without images, if the lines state `width` and `height`.
-        tasks: any of `SHIKRA_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` lines of each file.
-        problems: takes what is wrong with a line; default: raise.
+        tasks: any of `SHIKRA_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` lines of each file.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, SHIKRA_TASKS, "shikra_flickr")
     root = Path(root)

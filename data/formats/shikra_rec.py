@@ -49,7 +49,7 @@ def shikra_rec_rows(
         images: folder of the COCO images (see `refer_rows`); False: no images.
         tasks: `refer`.
         limit: at most this many rows.
-        problems: what happens to bad lines; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
         dataset: only refcoco, refcoco+ or refcocog.
         split_by: only the files of unc, google or umd.
     """
@@ -124,7 +124,7 @@ def list_rows(
 def find_lists(
     root: str | Path, annotations, pattern: str, dataset: str | None, split_by: str | None, split: str | None
 ) -> list[Path]:
-    """The files of a folder, or one level below, whose names do not speak against what is asked for."""
+    """The files of a folder, or one level below, whose names do not exclude the data set and split asked for."""
     if annotations:
         return [Path(path) for path in annotations]
     split = find_split(split)
@@ -142,7 +142,7 @@ def find_lists(
 
 
 def split_in_name(path: Path) -> str | None:
-    """The split that a file's name tells ("testA" for "REC_refcoco_unc_testA.jsonl.gz"), if it does."""
+    """The split in a file's name ("testA" for "REC_refcoco_unc_testA.jsonl.gz"), if there is one."""
     match = FILE_SPLIT.search(path.name)
     return match and find_split(match[1].lower())
 
@@ -154,7 +154,7 @@ def is_dataset(name: str | None, dataset: str | None) -> bool:
 
 
 def read_numbers(values: list, form: str) -> list[float]:
-    """Four numbers, checked; `form` says in the error message what they are."""
+    """Four checked numbers; `form` describes them in the error message."""
     if len(values) != 4 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise ValueError(f"box {str(values)[:60]} is not {form}")
     try:

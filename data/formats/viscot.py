@@ -1,4 +1,4 @@
-"""Visual-CoT (a question, its answer and the box that one must look at) as rows of the schema.
+"""Visual-CoT (a question, its answer and the box of the region to look at) as rows of the schema.
 
 | record | where |
 | --- | --- |
@@ -57,10 +57,10 @@ def viscot_rows(
         split: picks the metadata files, and is what the column `split` says.
         annotations: the files, if they are elsewhere.
         images: the folder that the records' paths are relative to; False: rows without images.
-        tasks: any of `VISCOT_TASKS`; default all that a record gives.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records of each file.
-        problems: takes what is wrong with a record; default: raise.
+        tasks: any of `VISCOT_TASKS`; default: all that a record offers.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` records of each file.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, VISCOT_TASKS, "viscot")
     root = Path(root)

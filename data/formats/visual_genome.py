@@ -73,10 +73,10 @@ def visual_genome_rows(
         split: what the column `split` says; with `split_file`, the split to take.
         annotations: the files, if they are elsewhere; those that are given are used, no others.
         images: the folder of images; False: rows without images, sizes from `image_data`.
-        tasks: any of `TASKS` that the files offer; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` images of each file.
-        problems: takes what is wrong with a record; default: raise.
+        tasks: any of `TASKS` that the files offer; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images of each file.
+        problems: collects bad records; None: the first one raises.
         split_file: json {split: [image ids]} (as DenseCap's `densecap_splits.json`): Visual Genome has no splits.
     """
     problems = problems or Problems()
@@ -152,7 +152,7 @@ def _stream(path: Path, member: str, problems: Problems) -> Iterator[tuple[str, 
 
 
 def _image_id(record: dict) -> int:
-    """Of an image's record, in which v1.0 and v1.2 name it differently; regions of some versions have it inside."""
+    """The id in an image's record: v1.0 and v1.2 name it differently, and some versions keep it in the regions."""
     if not isinstance(record, dict) or "image_id" in record or "id" in record:
         return get(record, "image_id", "id", of=int)
     entries = chain.from_iterable(record[kind] for kind in TASKS if isinstance(record.get(kind), list))
@@ -287,7 +287,7 @@ def _named_boxes(objects, columns: dict, number: int) -> dict[str, list]:
 
 
 def _mark_in_place(answer: str, objects: dict[str, list]) -> tuple[str, list] | None:
-    """The answer with its objects' names marked where they stand, and the slots; None if one does not stand there."""
+    """The answer with its objects' names marked in it, and the slots; None if a name does not occur in it."""
     found = []
     for name, slots in objects.items():
         match = re.search(rf"\b{re.escape(name)}\b", answer, re.IGNORECASE)

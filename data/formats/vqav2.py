@@ -41,7 +41,7 @@ def vqav2_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield one row per question, answered with the answer that most people gave (of equals, the first).
+    """Yield one row per question, answered with the most frequent answer (of equals, the first).
 
     Args:
         root: folder with `v2_OpenEnded_mscoco_train2014_questions.json`, `v2_mscoco_train2014_annotations.json` (also
@@ -51,10 +51,10 @@ def vqav2_rows(
             questions alone (a test split), rows end with the question.
         images: the folder of images, or of COCO's folders of images; False: rows without images.
         tasks: `vqa`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead. Rows made under `evaluation` have two
-            keys beyond the schema: `answers`, what each person said, and `question_id`.
-        limit: only the first `limit` questions.
-        problems: takes what is wrong with a question; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt, and two more
+            keys in each row: `answers`, what each person said, and `question_id`.
+        limit: read only the first `limit` questions.
+        problems: collects bad records; None: the first one raises.
     """
     return _vqa_rows("vqav2", VQAV2_FILES, root, split, annotations, images, tasks, seed, evaluation, limit, problems)
 
@@ -71,7 +71,7 @@ def okvqa_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of OK-VQA as `vqav2_rows` does those of VQA v2.
+    """Yield the rows of OK-VQA, as `vqav2_rows` does for VQA v2.
 
     Args:
         root: folder with `OpenEnded_mscoco_train2014_questions.json`, `mscoco_train2014_annotations.json` (also packed,
