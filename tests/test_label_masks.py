@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "raw_rows", lambda *args, **kwargs: iter(drawn_rows(3)))
+        patch.setattr(preparing, "default_split", lambda name: "train")
         preparing.prepare("drawn", root, pictures="embed", rows_per_shard=10)
     return root
 

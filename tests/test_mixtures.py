@@ -43,6 +43,7 @@ def folders(tmp_path_factory):
         for seed, (name, pictures) in enumerate(SIZES.items()):
             found = [row | {"source": name} for row in drawn_rows(pictures, seed)]
             patch.setattr(preparing, "raw_rows", lambda *args, found=found, **kwargs: iter(found))
+            patch.setattr(preparing, "default_split", lambda name: "train")
             prepare(name, root / name, pictures="embed", rows_per_shard=20)
     return root
 
@@ -289,6 +290,7 @@ def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, monkeypa
     for row in cut:
         row["messages"][0]["content"] = "<image>What is it?"
     monkeypatch.setattr(preparing, "raw_rows", lambda *args, **kwargs: iter([*found, *cut]))
+    monkeypatch.setattr(preparing, "default_split", lambda name: "train")
     prepare("some", tmp_path, pictures="embed")
     part = Part("some", prepared_files(tmp_path))
     assert len(part) == len(found) and part.unanswered_rows == 3
@@ -340,7 +342,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
         kept[source] = {part.read(*where)["image_id"] for where in zip(*part.epoch(0, 0, False), strict=True)}
         assert part.left_out_images == (0 if source == "coco" else 2)
         if source != "coco":
-            with pytest.raises(ValueError, match="name it as image_data"):
+            with pytest.raises(ValueError, match="name that file as image_data"):
                 Part(source, prepared_files(output), is_left_out=LeftOutImages({"154"}, None))
     assert kept["llava"] == {"gqa/images/154", "ocr_vqa/images/154", "154"}
     assert kept["viscot"] == {"flickr30k/154", "gqa/154"} and kept["coco"] == {"154"}

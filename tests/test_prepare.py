@@ -51,6 +51,7 @@ def source(monkeypatch, tmp_path):
                 yield row | {"split": split} | ({"image": None} if images is False else {})
 
     monkeypatch.setattr(preparing, "raw_rows", read)
+    monkeypatch.setattr(preparing, "default_split", lambda name: "train")
     return found
 
 
