@@ -6,6 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
 from .configuration_perceptiongpt import ADDED_TOKENS, PerceptionGPTConfig, add_perception_tokens
+from .vision_perceptiongpt import has_absolute_positions
 
 
 logger = logging.get_logger(__name__)
@@ -29,8 +30,9 @@ class JoiningMixin:
                 The tokenizer that says which ids the added tokens have; by default the one beside `text`, to which they
                 are added. Where there is none, they follow the vocabulary.
             dtype (`torch.dtype` or `str`, *optional*): what the backbones are loaded in.
-            config_kwargs: any argument of [`PerceptionGPTConfig`]; `position_gain` is 0 unless given, since pretrained
-                towers know where their patches lie (pass 1 for backbones that were never trained).
+            config_kwargs: any argument of [`PerceptionGPTConfig`]. Unless given, `position_gain` is 0 for a tower with
+                absolute position embeddings, which tell where its patches lie, and 1 for any other (pass 1 for a tower
+                that was never trained).
         """
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -103,7 +105,7 @@ class JoiningMixin:
                 "vision_config": vision_tower.config._attn_implementation,
                 "text_config": text_config._attn_implementation,
             },
-            **{"position_gain": 0.0, **token_ids, **config_kwargs},
+            **{"position_gain": float(not has_absolute_positions(vision_tower)), **token_ids, **config_kwargs},
         )
         model = cls(config, vision_tower=vision_tower, language_model=language_model, lm_head=lm_head)
         model.to(language_model.dtype)

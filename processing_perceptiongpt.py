@@ -132,7 +132,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             normalization, _ = ImageProcessingMixin.get_image_processor_dict(vision)
         except OSError:
             normalization = {}
-        side = config.vision_config.image_size
+        side = config.image_size
         image_processor = LlavaImageProcessorPil(
             do_pad=True,
             do_center_crop=False,
