@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Features, Value
 from pycocotools import mask as coco_mask
 
-from perceptiongpt.data.schema import rle_runs
+from perceptiongpt.geometry_perceptiongpt import rle_runs
 
 
 LARGEST_MASK = 2**32 - 1  # pixels: pycocotools counts them in 32 bits
