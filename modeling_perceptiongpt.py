@@ -115,12 +115,12 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
         """As in the library, but names on disk are those of `state_dict()`, not a tower's older ones."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
-    def gradient_checkpointing_enable(self, *args, **kwargs):
-        """As in the library; a tower that has no gradient checkpointing goes without, and a warning says so."""
-        super().gradient_checkpointing_enable(*args, **kwargs)
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        """As in the library; a tower that has no activation checkpointing goes without, and a warning says so."""
+        super().activation_checkpointing_enable(*args, **kwargs)
         tower = getattr(self, self.base_model_prefix, self).vision_tower
         if not tower.supports_gradient_checkpointing:
-            logger.warning(f"{type(tower).__name__} has no gradient checkpointing: its activations are kept.")
+            logger.warning(f"{type(tower).__name__} has no activation checkpointing: its activations are kept.")
 
     @torch.no_grad()
     def _init_weights(self, module):
