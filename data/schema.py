@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
 from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.images_perceptiongpt import read_image
 
 
 TASKS = (
@@ -42,9 +43,16 @@ DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
+class RowImage(Image):
+    """A `datasets.Image` that is read as every other image is: transparency on white, where `datasets` drops it."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        return read_image(value)
+
+
 def row_features(several_images: bool = False) -> Features:
     """The `datasets.Features` of the schema; `several_images` makes `image` a list of images."""
-    image = Image(mode="RGB")
+    image = RowImage(mode="RGB")
     return Features(
         {
             "image": List(image) if several_images else image,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetInfo, load_dataset
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -146,7 +146,8 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
         files = prepared_files(**arguments)
         several = is_list(read_schema(files[0]).field("image").type)
         features = row_features(several)  # and no further columns, such as those of label_masks
-        return load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
+        dataset = load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
+        return Dataset(dataset.data, DatasetInfo(features=features))  # the cache knows a plain `datasets.Image`
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)
 
