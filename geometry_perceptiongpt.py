@@ -132,6 +132,15 @@ def clip_box(box, height: float, width: float) -> list[float]:
     return clipped
 
 
+def box_iou(boxes, other_boxes) -> np.ndarray:
+    """IoU of xyxy boxes `(..., 4)` (arrays or lists) in continuous coordinates, broadcast as numpy does."""
+    boxes, other_boxes = np.asarray(boxes, dtype=np.float64), np.asarray(other_boxes, dtype=np.float64)
+    sides = np.minimum(boxes[..., 2:], other_boxes[..., 2:]) - np.maximum(boxes[..., :2], other_boxes[..., :2])
+    intersection = sides.clip(min=0).prod(axis=-1)
+    area, other_area = ((some[..., 2:] - some[..., :2]).prod(axis=-1) for some in (boxes, other_boxes))
+    return intersection / (area + other_area - intersection)
+
+
 def tight_box(mask: np.ndarray) -> list[float]:
     """The smallest box, xyxy pixels, around a `(height, width)` bool mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
