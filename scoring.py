@@ -1138,7 +1138,7 @@ def _no_target_curve(best_scores: np.ndarray, has_target: np.ndarray) -> dict:
 
 def bench_details(samples: list[dict], result: Result, options) -> dict:
     """What METRICS asks for beside the numbers of the scenes bench: the breakdown and the answers without a model."""
-    from perceptiongpt.data.scenes.dataset import bench_baselines, scene_details
+    from perceptiongpt.data.scenes.bench import bench_baselines, scene_details
 
     photos = options.data or options.images
     kinds, sides, exact = defaultdict(list), defaultdict(list), []
