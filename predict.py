@@ -119,9 +119,8 @@ def question_content(text: str, **given) -> list[dict]:
     region = {name: value for name, value in given.items() if value is not None}
     if not region:
         if REGION_PLACEHOLDER in text:
-            raise InputError(
-                f"--text names {REGION_PLACEHOLDER}, which needs {', '.join(f'--{name}' for name in given)}"
-            )
+            *others, last = (f"--{name}" for name in given)
+            raise InputError(f"--text names {REGION_PLACEHOLDER}, which needs {', '.join(others)} or {last}")
         return [{"type": "text", "text": text}]
     region = {"type": "region" if len(region) > 1 else next(iter(region)), **region}
     if REGION_PLACEHOLDER not in text:
@@ -217,8 +216,7 @@ def predict(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
 
-    errors = 0
-    drawings = dict(zip(images, drawing_paths(images, arguments.output), strict=True))
+    errors, drawings = 0, iter(drawing_paths(images, arguments.output))
     with (
         (arguments.output / "predictions.json").open("wb") as file,
         tqdm(total=len(images), unit="image", disable=None) as progress,
@@ -229,15 +227,15 @@ def predict(arguments: argparse.Namespace) -> int:
             paths = images[start : start + arguments.batch_size]
             answered = answer_batch(model, processor, paths, content, arguments.max_new_tokens)
             for path, (image, result) in zip(paths, answered, strict=True):
-                entry = {"image": str(path), "prompt": arguments.text}
+                drawing, entry = next(drawings), {"image": str(path), "prompt": arguments.text}
                 if error := result.get("error"):
                     errors += 1
                     progress.write(f"{path}: {error}", file=sys.stderr)
                     entry |= {"text": None, "objects": [], "drawing": None, "error": error}
                 else:
-                    draw_objects(image, result, caption=result["text"]).save(drawings[path])
+                    draw_objects(image, result, caption=result["text"]).save(drawing)
                     entry |= {"text": result["text"], "width": image.width, "height": image.height}
-                    entry |= {"objects": result["objects"], "drawing": drawings[path].name, "error": None}
+                    entry |= {"objects": result["objects"], "drawing": drawing.name, "error": None}
                 append_entry(file, entry)
                 progress.update()
     return errors
