@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import perceptiongpt
+from perceptiongpt import PerceptionGPTConfig  # naming a class registers all of them with the Auto classes
 
 
 class InputError(ValueError):
@@ -50,7 +50,6 @@ def load(
         InputError: there is no such checkpoint, or it is not one of PerceptionGPT.
     """
     check_name(name)
-    perceptiongpt.register()
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(name, **hub)
@@ -58,7 +57,8 @@ def load(
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {name}: not a checkpoint that can be loaded: {error}") from error
     if not hasattr(processor, "post_process_generation"):
-        raise InputError(f"--model {name}: a checkpoint of the type {model.config.model_type!r}, not of PerceptionGPT")
+        kind, known = model.config.model_type, PerceptionGPTConfig.model_type
+        raise InputError(f"--model {name}: a checkpoint of the type {kind!r}, expected {known!r}")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), processor

@@ -157,9 +157,9 @@ def unreached_tower_parameters(model) -> set[str]:
 
     The model's image features are computed once on the meta device, without values, and traced back.
     """
-    side, finer = model.config.vision_config.image_size, model.config.mask_image_size
+    side, finer = model.config.image_size, model.config.mask_image_size
     with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config)).model
+        twin = type(model)(copy.deepcopy(model.config)).model.eval()
         outputs = dict(twin.get_image_features(torch.zeros(1, 3, side, side), return_dict=True))
         if finer:
             outputs["mask_features"] = twin.get_mask_features(torch.zeros(1, 3, finer, finer))
