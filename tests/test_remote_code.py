@@ -28,6 +28,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
     "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
     "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
     "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
 }
 HAS_CHECKPOINT = (ROOT / "config.json").exists()
