@@ -35,7 +35,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, picture_size
-from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
+from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
@@ -424,6 +424,7 @@ def draw_row(row: dict):
 
     from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
     from perceptiongpt.drawing import draw_objects
+    from perceptiongpt.geometry_perceptiongpt import tight_box
     from perceptiongpt.images_perceptiongpt import read_image
 
     stored = row_images(row)[0]
@@ -446,10 +447,7 @@ def draw_row(row: dict):
     ]
     for found in objects:
         if found["box"] is None:
-            from pycocotools import mask as coco_mask
-
-            x, y, width, height = coco_mask.toBbox({**found["mask"], "counts": found["mask"]["counts"].encode()})
-            found["box"] = [x, y, x + width, y + height]
+            found["box"] = tight_box(decode_rle(found["mask"]))
     return draw_objects(image, {"objects": objects}, caption=f"{row['task']} | " + " | ".join(lines))
 
 

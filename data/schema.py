@@ -15,13 +15,14 @@ A row is a dictionary with the columns of `row_features`:
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 from datasets import Features, Image, List, Value
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
-from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.geometry_perceptiongpt import clip_box, decode_mask
 from perceptiongpt.images_perceptiongpt import read_image
 
 
@@ -150,9 +151,10 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
         if box is None and mask is None:
             raise ValueError(f"{name}: slot {slot} has neither box nor mask")
         if box is not None:
-            size = (math.inf, math.inf) if several else (row["width"], row["height"])
-            box, was_clipped = clip_box(box, *size, name=f"{name}, slot {slot}")
-            clipped += was_clipped
+            with naming(f"{name}, slot {slot}"):
+                inside = clip_box(box, *((math.inf, math.inf) if several else (row["height"], row["width"])))
+            clipped += inside != [float(value) for value in box]
+            box = inside
         if mask is not None:
             _validate_mask(mask, None if several else [row["height"], row["width"]], f"{name}, slot {slot}")
         boxes.append(box)
@@ -176,20 +178,13 @@ def check_size(width, height, name: str) -> None:
         raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
 
 
-def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[list[float], bool]:
-    """Check one xyxy box in pixels against an image of `width` x `height`; clip an overhang of at most one pixel.
-
-    Returns:
-        The box as floats, and whether it was clipped.
-
-    Raises:
-        ValueError: if it has not four finite numbers, no area, or overhangs by more than a pixel.
-    """
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a name before the message of a `ValueError` raised inside."""
     try:
-        clipped = clip_to_picture(box_xyxy_pixels, height, width)
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return clipped, clipped != [float(value) for value in box_xyxy_pixels]
 
 
 def _validate_messages(row: dict, name: str, with_images: bool) -> None:
@@ -229,28 +224,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
 def _validate_mask(mask: dict, size: list[int] | None, name: str) -> None:
     if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
         raise ValueError(f"{name}: mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
-    if size is not None and list(mask["size"]) != size:
-        raise ValueError(f"{name}: mask of size {list(mask['size'])}, expected [height, width] = {size}")
-    decode_rle(mask, name)
+    with naming(name):
+        decode_mask(mask, *(mask["size"] if size is None else size))
 
 
-def decode_rle(mask: dict, name: str = "mask"):
-    """Decode a compressed COCO RLE into a uint8 array (height, width); `ValueError` if it is broken or empty."""
-    height, width = (int(side) for side in mask["size"])
-    runs = rle_runs(mask["counts"], name)
-    if sum(runs) != height * width or min(runs) < 0:
-        raise ValueError(f"{name}: run lengths sum up to {sum(runs)}, expected {height} x {width} = {height * width}")
-    if sum(runs[1::2]) == 0:
-        raise ValueError(f"{name}: the mask is empty")
-    return coco_mask.decode({"size": [height, width], "counts": mask["counts"].encode("ascii")})
-
-
-def rle_runs(counts: str, name: str = "mask") -> list[int]:
-    """`geometry_perceptiongpt.rle_runs` with errors that name the row."""
-    try:
-        runs = read_rle_runs(counts)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not runs:
-        raise ValueError(f"{name}: the RLE string is empty")
-    return runs
+def decode_rle(mask: dict) -> np.ndarray:
+    """A mask of the schema as a bool array (height, width); `ValueError` if it is broken or empty."""
+    return decode_mask(mask, *mask["size"])

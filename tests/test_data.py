@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from drawn_rows import drawn_rows
@@ -21,7 +20,7 @@ from perceptiongpt.data.formats.coco import (
     segmentation_to_rle,
 )
 from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.schema import decode_rle, rle_runs, row_features, row_to_messages, validate_row
+from perceptiongpt.data.schema import decode_rle, row_features, row_to_messages, validate_row
 
 
 TINY_COCO = ("tiny_coco/annotations/instances_train2017.json", "tiny_coco/train2017")
@@ -115,15 +114,6 @@ def test_direct_answers_and_phrases_have_one_form():
 def test_broken_rle_is_an_error_and_no_crash(counts):
     with pytest.raises(ValueError):
         decode_rle({"size": [6, 5], "counts": counts})
-
-
-def test_rle_runs_equal_pycocotools():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        mask = np.asfortranarray(rng.random(rng.integers(1, 60, 2)) < rng.random(), dtype=np.uint8)
-        runs = rle_runs(coco_mask.encode(mask)["counts"].decode("ascii"))
-        values = np.repeat(np.arange(len(runs)) % 2, runs)
-        assert (values.reshape(mask.shape[::-1]).T == mask).all()
 
 
 # ---- coco ------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
 from perceptiongpt.data.reading import MissingPicture, Problems, open_file, picture_size, safe_join, stream_json_array
-from perceptiongpt.data.schema import check_size, clip_box, rle_runs, row_features
+from perceptiongpt.data.schema import check_size, naming, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
+from perceptiongpt.geometry_perceptiongpt import clip_box, rle_runs
 
 
 COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask")
@@ -284,7 +285,8 @@ def read_annotation(annotation: dict, record: dict, annotations: str | Path) -> 
     x, y, width, height = bbox
     if (width == 0 or height == 0) or mask is None:
         return None
-    box, _ = clip_box([x, y, x + width, y + height], record["width"], record["height"], name)
+    with naming(name):
+        box = clip_box([x, y, x + width, y + height], record["height"], record["width"])
     return {"box": box, "mask": mask}
 
 
@@ -308,7 +310,8 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and segmentation.get("size") in ([height, width], (height, width)):
         counts = segmentation.get("counts")
-        runs = rle_runs(counts, name) if isinstance(counts, str) else counts
+        with naming(name):
+            runs = rle_runs(counts) if isinstance(counts, str) else counts
         is_runs = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
         if not is_runs or sum(runs) != height * width:
             raise ValueError(f"{name}: the RLE's run lengths do not sum up to {height} x {width}")

@@ -58,6 +58,7 @@ from perceptiongpt.data.scenes.pictures import (
 )
 from perceptiongpt.data.schema import TASKS
 from perceptiongpt.data.templates import render_prompt, render_turn
+from perceptiongpt.geometry_perceptiongpt import box_iou
 
 
 FIRST_TEST_SEED = 10**6
@@ -377,22 +378,14 @@ def bench_baselines(length: int = BENCH_PICTURES, seed: int = FIRST_TEST_SEED, s
             continue
         scene = details["scene"]
         box = scene.objects[details["targets"][0]].box
-        hits = [_iou(one.box, box) >= 0.5 for one in selected(scene, None, None, details["named"])]
-        random_of_class.append(sum(hits) / len(hits))
-        largest.append(_iou(max(scene.objects, key=lambda one: one.area).box, box) >= 0.5)
+        of_class = [one.box for one in selected(scene, None, None, details["named"])]
+        random_of_class.append(np.mean(box_iou(of_class, box) >= 0.5))
+        largest.append(box_iou(max(scene.objects, key=lambda one: one.area).box, box) >= 0.5)
     return {
         "random_of_class": float(np.mean(random_of_class)),
         "largest": float(np.mean(largest)),
         "samples": len(largest),
     }
-
-
-def _iou(first: list[float], second: list[float]) -> float:
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return shared / (sum(areas) - shared)
 
 
 # ---- tasks: (scene, rng, generator of the prompts or None for the fixed ones, kinds) -> question or None -------------

@@ -15,10 +15,10 @@ from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.data.formats.coco import read_instances, segmentation_to_rle
 from perceptiongpt.data.reading import safe_join
+from perceptiongpt.geometry_perceptiongpt import decode_mask, encode_rle, tight_box
 from perceptiongpt.images_perceptiongpt import to_rgb, upright_size
 
 
@@ -231,9 +231,9 @@ class Cutouts:
         rle = segmentation_to_rle(segmentation, height, width, name)
         if rle is None:
             return None
-        x, y, w, h = (int(value) for value in coco_mask.toBbox(rle))
-        mask = coco_mask.decode(rle)[y : y + h, x : x + w]
-        return Image.fromarray(mask * np.uint8(255)), (x, y, x + w, y + h)
+        mask = decode_mask(rle, height, width)
+        x0, y0, x1, y1 = map(int, tight_box(mask))
+        return Image.fromarray(mask[y0:y1, x0:x1] * np.uint8(255)), (x0, y0, x1, y1)
 
     def choose(self, rng: Random, pool: Random, count: int) -> tuple[list[tuple[str, int, int]], Path]:
         """`count` objects as (category, photo, number in it), and a photo whose annotations hold none of their kinds.
@@ -550,12 +550,11 @@ def _annotate(objects: list[SceneObject], owner: np.ndarray) -> None:
     """Fill in what is visible of each object, from the map of which object a pixel belongs to."""
     numbers = np.arange(len(objects), dtype=np.int8)
     visible = np.ascontiguousarray(owner.T)[None] == numbers[:, None, None]  # (objects, x, y)
-    rles = coco_mask.encode(visible.view(np.uint8).transpose(2, 1, 0))
-    boxes, areas = coco_mask.toBbox(rles).tolist(), coco_mask.area(rles).tolist()
-    for one, rle, (x, y, w, h), area in zip(objects, rles, boxes, areas, strict=True):
-        one.mask = {"size": list(owner.shape), "counts": rle["counts"].decode("ascii")}
-        one.box, one.area = [x, y, x + w, y + h], area
-        one.x, one.y = x + w / 2, y + h / 2
+    areas = visible.sum((1, 2)).tolist()
+    for one, mask, area in zip(objects, visible.transpose(0, 2, 1), areas, strict=True):
+        one.mask, one.box, one.area = encode_rle(mask), tight_box(mask), area
+        x0, y0, x1, y1 = one.box
+        one.x, one.y = x0 + (x1 - x0) / 2, y0 + (y1 - y0) / 2
         left, top, whole = one.window
         total = int(whole.sum())
         one.hidden = 1 - area / total
