@@ -4,6 +4,7 @@ generation loop. Every step records one hidden state and one probability a row; 
 all, once after the loop.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -409,9 +410,8 @@ def flags_in_order(flags: dict) -> tuple:
 
 def register_entry_points(model) -> None:
     """Lets FSDP2 gather the weights around the methods that `generate` calls beside `forward`."""
-    if type(model).__name__.startswith("FSDP") and not getattr(model, "_entry_points_registered", False):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # there if anyone has sharded a model
+    if fsdp and isinstance(model, fsdp.FSDPModule) and not getattr(model, "_entry_points_registered", False):
         for name in model._signal_entry_points:
-            register_fsdp_forward_method(model, name)
+            fsdp.register_fsdp_forward_method(model, name)
         model._entry_points_registered = True
