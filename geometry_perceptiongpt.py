@@ -133,6 +133,33 @@ def clip_box(box, height: float, width: float) -> list[float]:
     return clipped
 
 
+def clip_point(point, height: float, width: float) -> list[float]:
+    """
+    Checks one point and clips what overhangs a `(height, width)` image by at most one pixel. (A size that is not known
+    is infinite.)
+
+    Returns:
+        `list[float]`: x and y in pixels inside the image.
+
+    Raises:
+        ValueError: not two finite numbers, or further outside the image.
+    """
+    expected = f"expected [x, y] in pixels with x <= {width} and y <= {height}"
+    try:
+        values = [float(value) for value in point]
+    except (TypeError, ValueError, OverflowError):
+        values = []
+    if len(values) != 2:
+        raise ValueError(f"point {point!r:.200} is not two numbers; {expected}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"point {values} is not finite; {expected}")
+    x, y = values
+    overhang = max(-x, -y, x - width, y - height)
+    if overhang > OVERHANG:
+        raise ValueError(f"point {values} lies {overhang:g} px outside the {width} x {height} image; {expected}")
+    return [min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))]
+
+
 def box_iou(boxes, other_boxes) -> np.ndarray:
     """IoU of xyxy boxes `(..., 4)` (arrays or lists) in continuous coordinates, broadcast as numpy does."""
     boxes, other_boxes = np.asarray(boxes, dtype=np.float64), np.asarray(other_boxes, dtype=np.float64)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .chat_perceptiongpt import CHAT_TEMPLATE, answer_spans, chat_form, end_answers, shape_contents
@@ -153,11 +154,18 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def __call__(
-        self, images=None, text=None, boxes=None, masks=None, signal_image_index=None, **kwargs
+        self,
+        images=None,
+        text=None,
+        boxes=None,
+        masks=None,
+        signal_image_index=None,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> PerceptionBatch:
         """
         Args:
-            images: the pictures, a list per text or all in reading order: PIL images, arrays, paths or URLs.
+            images: the images, a list per text or all in reading order: PIL images, arrays, paths, URLs or base64
+                strings; an array or tensor with four dimensions is a batch of them.
             text (`str` or `list[str]`): with one `<image>` where each picture and one `<vis>` where each signal stands.
             boxes (`list[list]`, *optional*): per text one entry per `<vis>`: xyxy in pixels of its original picture,
                 `"tight"` for the tight box of its mask, or `None` where it carries no box.
@@ -177,7 +185,10 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("The processor needs `text`; for pictures alone call `processor.image_processor`.")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one_text, str) for one_text in texts):
+            raise ValueError(f"`text` is {text!r:.80}; expected a string or a list of strings")
+        texts = list(texts)
         image_rows = self._load_images(images, texts)
         signals = self._signals(texts, image_rows, boxes, masks, signal_image_index)
         flat_images = [image for row in image_rows for image in row] or None
@@ -196,7 +207,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
         )
 
     def _load_images(self, images, texts: list[str]) -> list[list[Image.Image]]:
-        """The pictures of each text, upright and RGB."""
+        """The images of each text, upright and RGB."""
+        images = _split_batches(images)
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if images is None:
             rows = [[] for _ in texts]
@@ -493,6 +505,19 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return text.rstrip(), phrases
 
 
+def _split_batches(images):
+    """`images` with the images of each 4-D array or tensor in place of it."""
+    if not isinstance(images, (list, tuple)):
+        return list(images) if getattr(images, "ndim", 0) == 4 else images
+    split = []
+    for image in images:
+        if getattr(image, "ndim", 0) == 4:
+            split.extend(image)
+        else:
+            split.append(_split_batches(image))
+    return split
+
+
 def _tensor_type(values) -> str | None:
     return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
 
@@ -518,7 +543,7 @@ def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[
                         )
                 pieces.append(text)
             elif kind == "image":
-                images += [item[key] for key in ("image", "url", "path") if item.get(key) is not None][:1]
+                images += [item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None][:1]
                 pieces.append(IMAGE_TOKEN)
             elif kind in SIGNAL_TYPES:
                 needed = ("box", "mask") if kind == "region" else (kind,)

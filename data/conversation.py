@@ -50,6 +50,7 @@ def make_row(task: str, turns: list[Turn], columns: dict) -> dict:
         "messages": messages,
         "boxes": [box for box, _ in slots],
         "masks": [mask for _, mask in slots],
+        "points": [None] * len(slots),
         "task": task,
     }
 

@@ -8,6 +8,7 @@ A row is a dictionary with the columns of `row_features`:
 | `messages` | list of {`role`, `content`}; `<image>` opens the first user turn, once per image; a `<vis>` per signal |
 | `boxes` | per `<vis>`, in reading order: xyxy in absolute pixels of the original image, or None |
 | `masks` | per `<vis>`: {`size`: [height, width], `counts`: str}, compressed COCO RLE, or None |
+| `points` | per `<vis>`: [x, y] in absolute pixels of the original image, or None; the column may be missing |
 | `task` | one of `TASKS` |
 | `source`, `image_id`, `split` | strings |
 | `width`, `height` | of the (first) original image, pixels |
@@ -22,7 +23,7 @@ import numpy as np
 from datasets import Features, Image, List, Value
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.geometry_perceptiongpt import clip_box, decode_mask
+from perceptiongpt.geometry_perceptiongpt import clip_box, clip_point, decode_mask
 from perceptiongpt.images_perceptiongpt import read_image
 
 
@@ -39,8 +40,12 @@ TASKS = (
     "grounded_vqa",
     "reasoning",
     "dialogue",
+    "point",
+    "point_all",
+    "point_to_mask",
 )
-DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
+POINT_TASKS = ("point", "point_all", "point_to_mask")
+DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
@@ -49,6 +54,9 @@ class RowImage(Image):
 
     def decode_example(self, value, token_per_repo_id=None):
         return read_image(value)
+
+    def __eq__(self, other) -> bool:  # so that data sets of both kinds can be concatenated
+        return isinstance(other, Image) and vars(self) == vars(other)
 
 
 def row_features(several_images: bool = False) -> Features:
@@ -60,6 +68,7 @@ def row_features(several_images: bool = False) -> Features:
             "messages": List({"role": Value("string"), "content": Value("string")}),
             "boxes": List(List(Value("float64"))),
             "masks": List({"size": List(Value("int32")), "counts": Value("string")}),
+            "points": List(List(Value("float64"))),
             "task": Value("string"),
             "source": Value("string"),
             "image_id": Value("string"),
@@ -71,6 +80,13 @@ def row_features(several_images: bool = False) -> Features:
 
 
 COLUMNS = tuple(row_features())
+REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column != "points")  # which older rows and files lack
+
+
+def row_points(row: dict) -> list[list[float] | None]:
+    """The points of a row, one per slot: all None where the row has no such column, or no point in it."""
+    points = row.get("points")
+    return points if points and any(points) else [None] * len(row["boxes"])
 
 
 def row_images(row: dict) -> list:
@@ -82,12 +98,13 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes a `box`, a `mask` or a `region` (both) item, as its slot says. `<p>..</p>` stays in the text.
+    `<vis>` becomes a `box`, a `mask`, a `point` or a `region` (several of them) item, as its slot says. `<p>..</p>`
+    stays in the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
     """
-    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], strict=True))
+    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], row_points(row), strict=True))
     contents = [message["content"] for message in row["messages"]]
     for token, values in ((IMAGE_TOKEN, images), (VIS_TOKEN, slots)):
         found = sum(content.count(token) for content in contents)
@@ -101,9 +118,9 @@ def row_to_messages(row: dict) -> list[dict]:
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
             elif piece == VIS_TOKEN:
-                box, mask = next(slots)
-                given = {name: value for name, value in (("box", box), ("mask", mask)) if value is not None}
-                items.append({"type": "region" if len(given) == 2 else next(iter(given)), **given})
+                values = zip(("box", "mask", "point"), next(slots), strict=True)
+                given = {name: value for name, value in values if value is not None}
+                items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
             elif piece:
                 items.append({"type": "text", "text": piece})
         messages.append({"role": message["role"], "content": items})
@@ -126,14 +143,14 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
             be unknown (0 x 0).
 
     Returns:
-        The row with its boxes as floats, clipped to the image, and how many boxes overhung the image by at most
-        one pixel and were clipped.
+        The row with its boxes and points as floats, clipped to the image, and how many of them overhung the image by
+        at most one pixel and were clipped. The column `points` is filled in where it is missing.
 
     Raises:
         ValueError: naming the row, the value and what was expected.
     """
     name = describe_row(row, index)
-    missing = [column for column in COLUMNS if column not in row]
+    missing = [column for column in REQUIRED_COLUMNS if column not in row]
     if missing:
         raise ValueError(f"{name}: missing columns {missing}")
     if row["task"] not in TASKS:
@@ -146,19 +163,25 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     if not several and not unknown:
         check_size(row["width"], row["height"], name)
 
-    boxes, clipped = [], 0
-    for slot, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True)):
-        if box is None and mask is None:
-            raise ValueError(f"{name}: slot {slot} has neither box nor mask")
-        if box is not None:
-            with naming(f"{name}, slot {slot}"):
-                inside = clip_box(box, *((math.inf, math.inf) if several else (row["height"], row["width"])))
-            clipped += inside != [float(value) for value in box]
-            box = inside
-        if mask is not None:
-            _validate_mask(mask, None if several else [row["height"], row["width"]], f"{name}, slot {slot}")
+    boxes, points, clipped = [], [], 0
+    size = (math.inf, math.inf) if several else (row["height"], row["width"])
+    for slot, (box, mask, point) in enumerate(zip(row["boxes"], row["masks"], row_points(row), strict=True)):
+        with naming(f"{name}, slot {slot}"):
+            if box is None and mask is None and point is None:
+                raise ValueError("has neither a box nor a mask nor a point")
+            if box is not None:
+                inside = clip_box(box, *size)
+                clipped += inside != [float(value) for value in box]
+                box = inside
+            if mask is not None:
+                _validate_mask(mask, None if several else list(size))
+            if point is not None:
+                inside = clip_point(point, *size)
+                clipped += inside != [float(value) for value in point]
+                point = inside
         boxes.append(box)
-    return {**row, "boxes": boxes}, clipped
+        points.append(point)
+    return {**row, "boxes": boxes, "points": points}, clipped
 
 
 def check_unicode(text, name: str) -> None:
@@ -205,11 +228,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
         )
     slots = sum(content.count(VIS_TOKEN) for content in contents)
-    if not slots == len(row["boxes"]) == len(row["masks"]):
-        raise ValueError(
-            f"{name}: {slots} {VIS_TOKEN} in the messages, {len(row['boxes'])} boxes and {len(row['masks'])} masks; "
-            "expected as many of each"
-        )
+    counts = {"boxes": len(row["boxes"]), "masks": len(row["masks"]), "points": len(row_points(row))}
+    if set(counts.values()) != {slots}:
+        listed = ", ".join(f"{count} {column}" for column, count in counts.items())
+        raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {listed}; expected as many of each")
     for content in contents:
         tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
         if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
@@ -221,11 +243,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
 
 
-def _validate_mask(mask: dict, size: list[int] | None, name: str) -> None:
+def _validate_mask(mask: dict, size: list[int] | None) -> None:
     if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
-        raise ValueError(f"{name}: mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
-    with naming(name):
-        decode_mask(mask, *(mask["size"] if size is None else size))
+        raise ValueError("mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
+    decode_mask(mask, *(mask["size"] if size is None else size))
 
 
 def decode_rle(mask: dict) -> np.ndarray:
