@@ -1,9 +1,12 @@
 """Load a checkpoint, read an image, and let the model answer: what every command shares."""
 
 import re
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from perceptiongpt import PerceptionGPTConfig  # naming a class registers all of them with the Auto classes
@@ -15,6 +18,13 @@ class InputError(ValueError):
 
 class RefusedError(ValueError):
     """The processor does not accept a conversation."""
+
+
+def hide_progress_bars_in_logs() -> None:
+    """Turn the libraries' progress bars off unless standard error is a terminal: a file would get a line a step."""
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

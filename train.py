@@ -24,6 +24,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.inference import hide_progress_bars_in_logs
 from perceptiongpt.training.adapters import (
     add_adapter,
     load_model,
@@ -140,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = before if options.resume and before.is_file() else None
     if options.config is None and before is None:
         parser.error("--config is needed (without it, --resume reads the recipe.yaml in the output)")
+    hide_progress_bars_in_logs()
     try:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
         train(recipe, options.output, options.resume)
