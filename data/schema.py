@@ -1,4 +1,4 @@
-"""The one row schema: a conversation about its image or images, with one box and/or mask per `<vis>`.
+"""The one row schema: a conversation about its image or images, with at least one signal per `<vis>`.
 
 A row is a dictionary with the columns of `row_features`:
 
@@ -8,6 +8,7 @@ A row is a dictionary with the columns of `row_features`:
 | `messages` | list of {`role`, `content`}; `<image>` opens the first user turn, once per image; a `<vis>` per signal |
 | `boxes` | per `<vis>`, in reading order: xyxy in absolute pixels of the original image, or None |
 | `masks` | per `<vis>`: {`size`: [height, width], `counts`: str}, compressed COCO RLE, or None |
+| `points` | per `<vis>`: [x, y] in absolute pixels of the original image, or None; without the column, all None |
 | `task` | one of `TASKS` |
 | `source`, `image_id`, `split` | strings |
 | `width`, `height` | of the (first) original image, pixels |
@@ -22,6 +23,7 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
 from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
 TASKS = (
@@ -49,8 +51,7 @@ def row_features(several_images: bool = False) -> Features:
         {
             "image": List(image) if several_images else image,
             "messages": List({"role": Value("string"), "content": Value("string")}),
-            "boxes": List(List(Value("float64"))),
-            "masks": List({"size": List(Value("int32")), "counts": Value("string")}),
+            **{signal.plural: List(_feature(signal.column)) for signal in SIGNALS.values()},
             "task": Value("string"),
             "source": Value("string"),
             "image_id": Value("string"),
@@ -61,7 +62,30 @@ def row_features(several_images: bool = False) -> Features:
     )
 
 
+def _feature(column):
+    """The type of a signal's column, `Signal.column`, as a feature."""
+    if isinstance(column, str):
+        return Value(column)
+    if isinstance(column, list):
+        return List(_feature(column[0]))
+    return {key: _feature(value) for key, value in column.items()}
+
+
 COLUMNS = tuple(row_features())
+# Rows and files from before there was a signal lack its column.
+_LATER = {signal.plural for name, signal in SIGNALS.items() if name not in FIRST_SIGNALS}
+REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column not in _LATER)
+
+
+def row_slots(row: dict) -> list[dict]:
+    """The values of each `<vis>` of a row that are not None, by the signal's name."""
+    columns = {name: row.get(signal.plural) for name, signal in SIGNALS.items()}
+    columns = {name: values for name, values in columns.items() if values is not None}
+    if len({len(values) for values in columns.values()}) > 1:
+        found = ", ".join(f"{len(values)} {SIGNALS[name].plural}" for name, values in columns.items())
+        raise ValueError(f"{describe_row(row)}: {found}; expected one of each, or None, per {VIS_TOKEN}")
+    slots = (zip(columns, values) for values in zip(*columns.values(), strict=True))
+    return [{name: value for name, value in slot if value is not None} for slot in slots]
 
 
 def row_images(row: dict) -> list:
@@ -73,12 +97,13 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes a `box`, a `mask` or a `region` (both) item, as its slot says. `<p>..</p>` stays in the text.
+    `<vis>` becomes a `box`, a `mask`, a `point` or, with several of them, a `region` item, as its slot says. `<p>..</p>`
+    stays in the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
     """
-    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], strict=True))
+    images, slots = row_images(row), row_slots(row)
     contents = [message["content"] for message in row["messages"]]
     for token, values in ((IMAGE_TOKEN, images), (VIS_TOKEN, slots)):
         found = sum(content.count(token) for content in contents)
@@ -92,9 +117,8 @@ def row_to_messages(row: dict) -> list[dict]:
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
             elif piece == VIS_TOKEN:
-                box, mask = next(slots)
-                given = {name: value for name, value in (("box", box), ("mask", mask)) if value is not None}
-                items.append({"type": "region" if len(given) == 2 else next(iter(given)), **given})
+                given = next(slots)
+                items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
             elif piece:
                 items.append({"type": "text", "text": piece})
         messages.append({"role": message["role"], "content": items})
@@ -117,14 +141,14 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
             be unknown (0 x 0).
 
     Returns:
-        The row with its boxes as floats, clipped to the image, and how many boxes overhung the image by at most
-        one pixel and were clipped.
+        The row with all columns, its coordinates as floats, clipped to the image; and how many boxes and points
+        overhung the image by at most one pixel and were clipped.
 
     Raises:
         ValueError: naming the row, the value and what was expected.
     """
     name = describe_row(row, index)
-    missing = [column for column in COLUMNS if column not in row]
+    missing = [column for column in REQUIRED_COLUMNS if column not in row]
     if missing:
         raise ValueError(f"{name}: missing columns {missing}")
     if row["task"] not in TASKS:
@@ -137,18 +161,21 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     if not several and not unknown:
         check_size(row["width"], row["height"], name)
 
-    boxes, clipped = [], 0
-    for slot, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True)):
-        if box is None and mask is None:
-            raise ValueError(f"{name}: slot {slot} has neither box nor mask")
-        if box is not None:
-            size = (math.inf, math.inf) if several else (row["width"], row["height"])
-            box, was_clipped = clip_box(box, *size, name=f"{name}, slot {slot}")
-            clipped += was_clipped
-        if mask is not None:
-            _validate_mask(mask, None if several else [row["height"], row["width"]], f"{name}, slot {slot}")
-        boxes.append(box)
-    return {**row, "boxes": boxes}, clipped
+    height, width = (math.inf, math.inf) if several else (row["height"], row["width"])
+    columns, clipped = {signal.plural: [] for signal in SIGNALS.values()}, 0
+    for index, slot in enumerate(row_slots(row)):
+        if not slot:
+            raise ValueError(f"{name}: slot {index} has none of {', '.join(SIGNALS)}")
+        for key, signal in SIGNALS.items():
+            value = slot.get(key)
+            if value is not None:
+                try:
+                    value, was_clipped = signal.check_column(value, height, width)
+                except ValueError as error:
+                    raise ValueError(f"{name}, slot {index}: {error}") from error
+                clipped += was_clipped
+            columns[signal.plural].append(value)
+    return {**row, **columns}, clipped
 
 
 def check_unicode(text, name: str) -> None:
@@ -202,11 +229,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
         )
     slots = sum(content.count(VIS_TOKEN) for content in contents)
-    if not slots == len(row["boxes"]) == len(row["masks"]):
-        raise ValueError(
-            f"{name}: {slots} {VIS_TOKEN} in the messages, {len(row['boxes'])} boxes and {len(row['masks'])} masks; "
-            "expected as many of each"
-        )
+    counts = {column: len(row[column]) for signal in SIGNALS.values() if row.get(column := signal.plural) is not None}
+    if set(counts.values()) != {slots}:
+        found = ", ".join(f"{count} {column}" for column, count in counts.items())
+        raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {found}; expected as many of each")
     for content in contents:
         tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
         if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
@@ -216,14 +242,6 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
         expected = r"There is no .+\." if row["task"] == "no_target" else f"({re.escape(VIS_TOKEN)})+"
         if messages[-1]["role"] != "assistant" or not re.fullmatch(expected, answer):
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
-
-
-def _validate_mask(mask: dict, size: list[int] | None, name: str) -> None:
-    if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
-        raise ValueError(f"{name}: mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
-    if size is not None and list(mask["size"]) != size:
-        raise ValueError(f"{name}: mask of size {list(mask['size'])}, expected [height, width] = {size}")
-    decode_rle(mask, name)
 
 
 def decode_rle(mask: dict, name: str = "mask"):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, load_dataset
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -144,8 +144,10 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
     features = row_features()
     if source == "parquet":
         files = prepared_files(**arguments)
-        several = is_list(read_schema(files[0]).field("image").type)
-        features = row_features(several)  # and no further columns, such as those of label_masks
+        schema = read_schema(files[0])
+        # No further columns, such as those of label_masks, and none that the files were made without.
+        features = row_features(several_images=is_list(schema.field("image").type))
+        features = Features({name: feature for name, feature in features.items() if name in schema.names})
         return load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)

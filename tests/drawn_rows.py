@@ -42,6 +42,7 @@ def drawn_rows(pictures: int = 4, seed: int = 0) -> list[dict]:
                     "messages": [{"role": role, "content": content} for role, content in messages],
                     "boxes": row_boxes,
                     "masks": row_masks,
+                    "points": [None] * len(row_boxes),
                     "task": task,
                     "source": "drawn",
                     "image_id": str(picture),

@@ -56,15 +56,34 @@ def test_messages_are_split_into_content_items():
     assert assistant["content"][0]["box"] == row["boxes"][1]
     grounded = changed(row, messages=[{"role": "user", "content": "<image>What?"}])
     grounded["messages"].append({"role": "assistant", "content": "A <p>red cup</p><vis>."})
-    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "task": "grounded_vqa"}
+    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "points": [None], "task": "grounded_vqa"}
     texts = [item.get("text") for item in row_to_messages(grounded)[1]["content"]]
     assert texts == ["A <p>red cup</p>", None, "."]
     with pytest.raises(ValueError, match="<vis>"):
         row_to_messages(changed(row, boxes=[], masks=[]))
+    pointed = changed(row, points=[[3.0, 4.0], None, [5.0, 6.0], None], boxes=[None, *row["boxes"][1:]])
+    user, assistant = row_to_messages(pointed)
+    assert user["content"][2] == {"type": "point", "point": [3.0, 4.0]}
+    assert assistant["content"][1] == {
+        "type": "region",
+        "box": row["boxes"][2],
+        "mask": row["masks"][2],
+        "point": [5.0, 6.0],
+    }
+
+
+def test_a_row_may_lack_the_column_of_points():
+    row = drawn_rows(1)[3]
+    without = {name: value for name, value in row.items() if name != "points"}
+    assert validate_row(without)[0] == validate_row(row)[0]
+    assert row_to_messages(without) == row_to_messages(row)
 
 
 def test_small_overhang_is_clipped_and_counted():
     row = drawn_rows(1)[0]
+    width = row["width"]
+    fixed, clipped = validate_row(changed(row, points=[[-0.5, 3]], boxes=[[0, 3, width, 9]]))
+    assert clipped == 1 and fixed["points"] == [[0.0, 3.0]]
     width = row["width"]
     fixed, clipped = validate_row(changed(row, boxes=[[-0.5, 3, width + 1.0, 9]]))
     assert clipped == 1 and fixed["boxes"] == [[0.0, 3.0, float(width), 9.0]]
@@ -83,7 +102,11 @@ def test_small_overhang_is_clipped_and_counted():
         ({"boxes": [[0, 0, 10**400, 4]]}, "four numbers"),
         ({"image_id": "\ud83d"}, "not Unicode"),
         ({"image_id": 7}, "not a string"),
-        ({"boxes": [None], "masks": [None]}, "neither box nor mask"),
+        ({"boxes": [None], "masks": [None]}, "slot 0 has none of box, mask, point"),
+        ({"points": [[1, 2, 3]]}, "slot 0: .*not two numbers"),
+        ({"points": [[1, float("nan")]]}, "not finite"),
+        ({"points": [[-2, 5]]}, "2 px outside"),
+        ({"points": [[5, 100]]}, "px outside"),
         ({"boxes": [], "masks": []}, "1 <vis> in the messages"),
         ({"masks": [{"size": [3, 3], "counts": "09"}]}, r"expected \[height, width\]"),
         ({"masks": [{"size": [3, 3]}]}, "compressed COCO RLE"),

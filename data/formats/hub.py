@@ -47,7 +47,7 @@ from perceptiongpt.data.conversation import (
 )
 from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.reading import BROKEN, Problems, picture_size, safe_join, until_broken
-from perceptiongpt.data.schema import row_features
+from perceptiongpt.data.schema import COLUMNS, REQUIRED_COLUMNS
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
@@ -162,7 +162,7 @@ def hub_rows(
 def _find_mapping(columns, box_format: str, found: list[str], root: str) -> tuple[dict | None, str]:
     """(role -> column, box format); None as the mapping for a data set that has the schema's columns."""
     if columns is None:
-        if set(row_features()) <= set(found):
+        if set(REQUIRED_COLUMNS) <= set(found):
             return None, box_format
         for known, (mapping, known_format) in KNOWN_COLUMNS.items():
             if set(known) <= set(found):
@@ -297,7 +297,7 @@ def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, in
 
 def _own_row(record: dict, images: bool | None) -> dict:
     """A row that has the schema's columns already."""
-    row = {column: record[column] for column in row_features()}
+    row = {column: record[column] for column in COLUMNS if column in record}
     return row | ({"image": None} if images is False else {})
 
 
