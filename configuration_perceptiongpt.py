@@ -14,6 +14,10 @@ VIS_TOKEN = "<vis>"
 PHRASE_START_TOKEN = "<p>"
 PHRASE_END_TOKEN = "</p>"
 RESERVED_TOKENS = tuple(f"<reserved_{index}>" for index in range(8))
+# Of pyramid towers: what a config that does not say otherwise gets.
+PYRAMID_IMAGE_SIZE = 224
+PIXELS_PER_CELL = 16
+PYRAMID_FEATURE_SIZE = 256
 ADDED_TOKENS = (IMAGE_TOKEN, VIS_TOKEN, PHRASE_START_TOKEN, PHRASE_END_TOKEN, *RESERVED_TOKENS)
 
 
@@ -49,7 +53,20 @@ class PerceptionGPTConfig(PreTrainedConfig):
             Index (0 = first layer) of the tower layer that both feature mixtures start from exactly; `None` starts
             from the plain mean of all layers.
         position_gain (`float`, defaults to 1.0):
-            What the gain of the 2-D position table starts at: 1 for fresh towers, 0 for pretrained ones.
+            What the gain of the 2-D position table starts at: 1 for fresh towers and for those without absolute
+            position embeddings, 0 for other pretrained ones.
+        image_size (`int`, *optional*): Side in pixels of the square images that the tower reads; by default its own.
+        image_grid (`int`, *optional*):
+            Cells per side of what the language model sees of an image. Of a plain ViT always its patches; of a pyramid
+            by default one cell for 16 pixels.
+        mask_grid (`int`, *optional*):
+            Cells per side that the mask decoder's transformer reads. Of a plain ViT always the patches of the pass that
+            it reads; of a pyramid by default `image_grid`.
+        feature_size (`int`, *optional*):
+            Width of the features of an image. Of a plain ViT always its hidden size; of a pyramid the width to which
+            all stages are mapped, by default 256.
+        vision_stages (`list[dict]`, *optional*):
+            The stages of a pyramid, found when the model is first built: see [`find_stages`].
         mask_image_size (`int`, *optional*):
             Side in pixels of a second, finer pass of the tower for the mask decoder; `None` shares the one pass.
         lm_loss_weight (`float`, defaults to 1.0): weight of the language modelling loss (paper, equation 2).
@@ -92,6 +109,11 @@ class PerceptionGPTConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     mixture_base_layer: int | None = None
     position_gain: float = 1.0
+    image_size: int | None = None
+    image_grid: int | None = None
+    mask_grid: int | None = None
+    feature_size: int | None = None
+    vision_stages: list[dict] | None = None
     mask_image_size: int | None = None
     lm_loss_weight: float = 1.0
     tie_word_embeddings: bool = False
@@ -105,9 +127,7 @@ class PerceptionGPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.reserved_token_ids = list(self.reserved_token_ids)
-        for name, side in (("image_size", self.vision_config.image_size), ("mask_image_size", self.mask_image_size)):
-            if side is not None and (not isinstance(side, int) or side < self.vision_config.patch_size):
-                raise ValueError(f"`{name}` is {side!r}, expected an int of at least one patch of square pictures.")
+        self._set_vision_sizes()
         for name in self.signals:
             SIGNALS[name].complete_config(self)
         # Said here rather than at saving time, so that every re-save, of a fine-tuned or merged model too, stays
@@ -133,20 +153,59 @@ class PerceptionGPTConfig(PreTrainedConfig):
         signals = kwargs.pop("signals", None) or config_dict.get("signals") or FIRST_SIGNALS
         return super().from_dict({**config_dict, "signals": list(signals)}, **kwargs)
 
+    def _set_vision_sizes(self) -> None:
+        """Fills in `image_size`, `image_grid`, `mask_grid` and `feature_size`, and checks those that were given."""
+        vision = self.vision_config
+        own_size = getattr(vision, "image_size", None)
+        own_size = own_size[0] if isinstance(own_size, (list, tuple)) else own_size
+        if self.image_size is None:
+            self.image_size = PYRAMID_IMAGE_SIZE if own_size is None else own_size
+        if self.is_pyramid:
+            least_side = PIXELS_PER_CELL
+        else:
+            least_side = vision.patch_size
+        for name in ("image_size", "mask_image_size"):
+            side = getattr(self, name)
+            if side is not None and (not isinstance(side, int) or side < least_side):
+                raise ValueError(f"`{name}` is {side!r}, expected an int of at least one patch of square images.")
+        if self.is_pyramid:
+            self.image_grid = self.image_grid or self.image_size // PIXELS_PER_CELL
+            self.mask_grid = self.mask_grid or self.image_grid
+            self.feature_size = self.feature_size or PYRAMID_FEATURE_SIZE
+            return
+        derived = {
+            "image_grid": self.image_size // vision.patch_size,
+            "mask_grid": (self.mask_image_size or self.image_size) // vision.patch_size,
+            "feature_size": vision.hidden_size,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {value}, which this tower has.")
+            setattr(self, name, value)
+
     @property
-    def image_grid(self) -> int:
-        """Patches per side of the picture that the language model sees."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+    def is_pyramid(self) -> bool:
+        """Whether the tower's layers are maps of several sizes and widths, as those of ConvNeXt, Swin and ResNet."""
+        sizes = ("hidden_size", "num_hidden_layers", "patch_size")
+        plain = all(isinstance(getattr(self.vision_config, name, None), int) for name in sizes)
+        return not plain or hasattr(self.vision_config, "depths")
 
     @property
     def image_seq_length(self) -> int:
-        """Number of `<image>` tokens per picture."""
+        """Number of `<image>` tokens per image."""
         return self.image_grid**2
 
     @property
-    def mask_grid(self) -> int:
-        """Patches per side of the features that the mask decoder reads."""
-        return (self.mask_image_size or self.vision_config.image_size) // self.vision_config.patch_size
+    def fine_grid(self) -> int | None:
+        """Cells per side of a pyramid's finest map, which enters the mask decoder where it upsamples."""
+        if self.vision_stages is None:
+            return None
+        return self.vision_stages[0]["grid"] * (self.mask_image_size or self.image_size) // self.image_size
+
+    @property
+    def mask_cells(self) -> int:
+        """Number of cells that the mask decoder reads of an image: those of its grid, and of a pyramid's finest map."""
+        return self.mask_grid**2 + (self.fine_grid or 0) ** 2
 
 
 PerceptionGPTConfig.register_for_auto_class()

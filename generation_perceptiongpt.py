@@ -402,7 +402,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 index = torch.searchsorted(wanted, image_of_slot)
                 return self.get_mask_features(pixel_values), torch.where(image_of_slot >= 0, index, -1)
         if state.mask_features is None:
-            shape = (0, self.config.mask_grid**2, self.config.vision_config.hidden_size)
+            shape = (0, self.config.mask_cells, self.config.feature_size)
             return torch.zeros(shape, device=image_of_slot.device), torch.full_like(image_of_slot, -1)
         return state.mask_features, image_of_slot
 

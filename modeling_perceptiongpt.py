@@ -3,43 +3,36 @@ PerceptionGPT (arXiv 2311.06612): a vision tower, a language model, and `<vis>`,
 or a mask on the way in and whose predicting hidden state is decoded to a box and a mask on the way out.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
-from .configuration_perceptiongpt import (
-    ADDED_TOKENS,
-    IMAGE_TOKEN,
-    PerceptionGPTConfig,
-    add_perception_tokens,
-)
+from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
 from .generation_perceptiongpt import PerceptionGPTGenerationMixin
-from .signal_mask_perceptiongpt import sine_position_table
+from .joining_perceptiongpt import JoiningMixin
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs, with_signal_fields
 from .slots_perceptiongpt import align_slots, prepare_slots, several_processes, slot_images, slot_positions
+from .vision_perceptiongpt import (
+    FeatureMixture,
+    PerceptionGPTMultiModalProjector,
+    PositionTable,
+    VisionStages,
+    feature_maps,
+    find_stages,
+    resample,
+    tower_layers,
+)
 
 
 logger = logging.get_logger(__name__)
-
-# The config's names for the first of `ADDED_TOKENS`; the rest are reserved.
-TOKEN_ID_NAMES = ("image_token_id", "vis_token_id", "phrase_start_token_id", "phrase_end_token_id")
 
 
 @dataclass
@@ -47,7 +40,7 @@ class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
     r"""
     pooler_output (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`):
         What stands in for the `<image>` tokens of each picture.
-    mask_features (`torch.Tensor` of shape `(images, grid * grid, vision_hidden_size)`):
+    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`):
         What the mask decoder reads, from the same pass of the tower; `None` where the config has a finer mask path.
     """
 
@@ -59,7 +52,7 @@ class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`, *optional*):
         The projected features of the pictures.
-    mask_features (`torch.Tensor` of shape `(images, mask_grid * mask_grid, vision_hidden_size)`, *optional*):
+    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`, *optional*):
         The features that the mask decoder reads.
     """
 
@@ -111,72 +104,6 @@ class PerceptionGPTOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class FeatureMixture(nn.Module):
-    """
-    Learned mixture of all layers of the vision tower, `V = sum_i softmax(a)_i V_i` (paper, equation 1).
-
-    With `initial_layer` the mixture starts exactly at that layer and a gate, 0 at first, lets the softmax in: one logit
-    alone would have to be so large that its softmax passes no gradient to the others.
-    """
-
-    def __init__(self, num_layers: int, initial_layer: int | None = None):
-        super().__init__()
-        self.initial_layer = initial_layer
-        self.logits = nn.Parameter(torch.zeros(num_layers))
-        if initial_layer is not None:
-            self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """`layers`: n tensors `(images, cells, width)`. A running sum: the layers are never stacked."""
-        weights = self.logits.float().softmax(0)
-        if self.initial_layer is not None:
-            base = torch.zeros_like(weights)
-            base[self.initial_layer] = 1.0
-            weights = base + self.gate.float() * (weights - base)
-        weights = weights.to(layers[0].dtype)
-        mixture = weights[0] * layers[0]
-        for index, layer in enumerate(layers[1:], start=1):
-            mixture = mixture + weights[index] * layer
-        return mixture
-
-
-class PositionTable(nn.Module):
-    """
-    Adds a fixed 2-D position table times a learned gain: a fresh tower says nothing of where its patches lie.
-
-    The table is laid out at `AMPLITUDE` times each picture's features, whatever scale a tower works at: enough for a
-    linear probe of the projected tokens to find the patch with R2 > 0.9, be the fresh tower CLIP, SigLIP or DINOv2.
-    """
-
-    AMPLITUDE = 4.0
-
-    def __init__(self, initial_gain: float):
-        super().__init__()
-        self.initial_gain = initial_gain
-        self.gain = nn.Parameter(torch.full((1,), initial_gain))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`features` of shape `(images, grid * grid, width)`."""
-        grid = round(features.shape[1] ** 0.5)
-        table = sine_position_table(grid, features.shape[2], features.device)
-        scale = features.detach().float().square().mean((1, 2), keepdim=True).sqrt()
-        return features + (self.gain.float() * self.AMPLITUDE * scale * table).to(features.dtype)
-
-
-class PerceptionGPTMultiModalProjector(nn.Module):
-    """Two-layer MLP from the tower's width to the language model's, named as LLaVA names it."""
-
-    def __init__(self, config: PerceptionGPTConfig):
-        super().__init__()
-        text_width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, text_width, bias=bias)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))
-
-
 class PerceptionGPTPreTrainedModel(PreTrainedModel):
     config: PerceptionGPTConfig
     config_class = PerceptionGPTConfig
@@ -193,6 +120,13 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in the library, but names on disk are those of `state_dict()`, not a tower's older ones."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        """As in the library; a tower that has no activation checkpointing goes without, and a warning says so."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        tower = getattr(self, self.base_model_prefix, self).vision_tower
+        if not tower.supports_gradient_checkpointing:
+            logger.warning(f"{type(tower).__name__} has no activation checkpointing: its activations are kept.")
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -225,8 +159,17 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
     def __init__(self, config: PerceptionGPTConfig, vision_tower=None, language_model=None):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        num_layers = config.vision_config.num_hidden_layers
+        self.vision_tower = self._new_vision_tower(config) if vision_tower is None else vision_tower
+        parts = []
+        if config.is_pyramid:
+            if config.vision_stages is None:
+                config.vision_stages = find_stages(self.vision_tower, config.image_size)
+            channels = [stage["channels"] for stage in config.vision_stages]
+            self.vision_stages = VisionStages(channels, config.feature_size)
+            parts.extend(self.vision_stages.modules())
+            num_layers = len(channels)
+        else:
+            num_layers = config.vision_config.num_hidden_layers
         self.language_mixture = FeatureMixture(num_layers, config.mixture_base_layer)
         self.mask_mixture = FeatureMixture(num_layers, config.mixture_base_layer)
         self.position_table = PositionTable(config.position_gain)
@@ -237,7 +180,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         embedding_rms = embedding_scale * getattr(config.text_config, "initializer_range", 0.02)
         self.signals = {name: SIGNALS[name] for name in config.signals}
         self._signal_module_names = []
-        parts = list(self.multi_modal_projector.modules())
+        parts.extend(self.multi_modal_projector.modules())
         for signal in self.signals.values():
             for name, module in signal.build_modules(config, embedding_rms).items():
                 setattr(self, name, module)
@@ -266,40 +209,77 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
-    def _tower_layers(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ...]:
-        """Outputs of layers 1..n of the tower on `(images, 3, S, S)`, class and register tokens dropped."""
-        config = self.config.vision_config
-        if pixel_values.shape[-1] != config.image_size:
-            accepted = inspect.signature(self.vision_tower.forward).parameters
-            # DINOv2 interpolates its position embeddings without being asked.
-            if "interpolate_pos_encoding" in accepted:
-                kwargs["interpolate_pos_encoding"] = True
-        outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs
-        )
-        cells = (pixel_values.shape[-1] // config.patch_size) ** 2
-        return tuple(layer[:, layer.shape[1] - cells :] for layer in outputs.hidden_states[1:])
+    def _new_vision_tower(self, config: PerceptionGPTConfig) -> PreTrainedModel:
+        """A fresh tower; one that cannot take the attention implementation that was asked for gets eager."""
+        vision_config = config.vision_config
+        tower_class = MODEL_MAPPING[type(vision_config)]
+        supported = {
+            "sdpa": tower_class._supports_sdpa,
+            "flash_attention_2": tower_class._supports_flash_attn,
+            "flex_attention": tower_class._supports_flex_attn,
+        }
+        kwargs = {} if supported.get(vision_config._attn_implementation, True) else {"attn_implementation": "eager"}
+        return AutoModel.from_config(vision_config, **kwargs)
+
+    def train(self, mode: bool = True):
+        """As in torch, but the tower's batch norms keep to their stored statistics: a row must not depend on others."""
+        super().train(mode)
+        for module in self.vision_tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def _vision_layers(self, pixel_values: torch.Tensor, **kwargs):
+        """
+        One pass of the tower over `(images, 3, S, S)`.
+
+        Returns:
+            the outputs of the tower, and what equation 1 mixes: of a plain ViT the outputs `(images, cells, width)` of
+            its layers 1..n, class and register tokens dropped; of a pyramid one map `(images, feature_size, height,
+            width)` a stage.
+        """
+        if self.config.is_pyramid:  # convolutions on a CPU are fastest with the channels last
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        outputs = tower_layers(self.vision_tower, self.config.vision_config, pixel_values, **kwargs)
+        if self.config.is_pyramid:
+            maps = feature_maps(outputs, self.config.vision_config.model_type)
+            return outputs, self.vision_stages([maps[stage["layer"]] for stage in self.config.vision_stages])
+        cells = (pixel_values.shape[-1] // self.config.vision_config.patch_size) ** 2
+        return outputs, tuple(layer[:, layer.shape[1] - cells :] for layer in outputs.hidden_states[1:])
+
+    def _mix(self, mixture: FeatureMixture, layers: tuple[torch.Tensor, ...], grid: int) -> torch.Tensor:
+        """Equation 1 over what [`_vision_layers`] returns: `(images, grid * grid, feature_size)`."""
+        if self.config.is_pyramid:
+            layers = tuple(resample(layer, grid).flatten(2).transpose(1, 2) for layer in layers)
+        return mixture(layers)
+
+    def _mask_features(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`(images, mask_cells, feature_size)`: the mixture on the mask grid and, of a pyramid, the finest map."""
+        features = self._mix(self.mask_mixture, layers, self.config.mask_grid)
+        if self.config.is_pyramid:
+            features = torch.cat([features, layers[0].flatten(2).transpose(1, 2)], dim=1)
+        return features
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> PerceptionGPTImageFeatures:
         """
-        Encodes pictures, each with one pass of the tower.
+        Encodes images, each with one pass of the tower.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`)
         """
         kwargs.pop("return_dict", None)
-        layers = self._tower_layers(pixel_values, **kwargs)
-        features = self.position_table(self.language_mixture(layers))
+        outputs, layers = self._vision_layers(pixel_values, **kwargs)
+        features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
         return PerceptionGPTImageFeatures(
             last_hidden_state=layers[-1],
             pooler_output=self.multi_modal_projector(features),
-            mask_features=None if self.config.mask_image_size else self.mask_mixture(layers),
+            mask_features=None if self.config.mask_image_size else self._mask_features(layers),
         )
 
     def get_mask_features(self, mask_pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_grid**2, vision_hidden_size)`."""
-        return self.mask_mixture(self._tower_layers(mask_pixel_values))
+        """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_cells, feature_size)`."""
+        return self._mask_features(self._vision_layers(mask_pixel_values)[1])
 
     def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
         """
@@ -334,7 +314,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
         Args:
             states (`torch.Tensor` of shape `(N, hidden_size)`)
-            image_features (`torch.Tensor` of shape `(images, mask_grid * mask_grid, vision_hidden_size)`)
+            image_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`)
             image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
             names (`Iterable[str]`, *optional*): the signals to decode; by default all.
             every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
@@ -467,7 +447,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             )
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
         elif run_every_module:
-            side = self.config.vision_config.image_size
+            side = self.config.image_size
             unused = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
             mask_features = unused.mask_features
             inputs_embeds = inputs_embeds + 0 * unused.pooler_output.sum().to(inputs_embeds)
@@ -538,7 +518,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         )
 
 
-class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel):
+class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel):
     """
     PerceptionGPT with its language modelling head: reads pictures, text, boxes and masks; writes text, boxes and masks.
 
@@ -695,7 +675,7 @@ class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, Percep
             image_index = slot_images(image_mask, positions, self.config.image_seq_length, signal_image_index)
             image_features = outputs.mask_features
             if image_features is None:
-                image_features = states.new_zeros(0, self.config.mask_grid**2, self.config.vision_config.hidden_size)
+                image_features = states.new_zeros(0, self.config.mask_cells, self.config.feature_size)
                 image_index = torch.full_like(image_index, -1)
             decoded = self.model.decode_signals(
                 states.flatten(0, 1), image_features, image_index.flatten(), names, run_every_module
@@ -754,123 +734,6 @@ class PerceptionGPTForConditionalGeneration(PerceptionGPTGenerationMixin, Percep
         for term in (*terms.values(), loss_iou):
             loss = loss + term
         return {"loss": loss, "loss_lm": loss_lm, **terms, "loss_iou": loss_iou}
-
-    @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, *, tokenizer=None, dtype=None, **config_kwargs):
-        """
-        Joins a vision backbone and a causal language model, both from the Hub or a folder.
-
-        Args:
-            vision (`str`): a vision model, or a CLIP or SigLIP whose vision half is taken.
-            text (`str`): a causal language model; it is loaded with its head.
-            tokenizer (*optional*):
-                The tokenizer that says which ids the added tokens have; by default the one beside `text`, to which they
-                are added. Where there is none, they follow the vocabulary.
-            dtype (`torch.dtype` or `str`, *optional*): what the backbones are loaded in.
-            config_kwargs: any argument of [`PerceptionGPTConfig`]; `position_gain` is 0 unless given, since pretrained
-                towers know where their patches lie (pass 1 for backbones that were never trained).
-        """
-        vision_config = AutoConfig.from_pretrained(vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        vision_tower = MODEL_MAPPING[type(vision_config)].from_pretrained(vision, config=vision_config, dtype=dtype)
-        text_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
-        if tokenizer is None:
-            tokenizer = cls._find_tokenizer(text)
-        model = cls._join(vision_tower, text_model.base_model, text_model.lm_head, tokenizer, config_kwargs)
-        model._init_added_rows(text_model.config.vocab_size)
-        return model
-
-    @classmethod
-    def from_llava_pretrained(cls, llava: str, *, tokenizer=None, dtype=None, **config_kwargs):
-        """
-        Starts from a LLaVA checkpoint: the same logits at first, and signal modules to train.
-
-        Args:
-            llava (`str`): a checkpoint of [`LlavaForConditionalGeneration`], from the Hub or a folder.
-            tokenizer, dtype, config_kwargs: as in [`from_vision_text_pretrained`].
-        """
-        model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
-        config, num_layers = model.config, model.config.vision_config.num_hidden_layers
-        layer = config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise ValueError(
-                f"{llava} concatenates the tower layers {layer}: expected a single `vision_feature_layer`."
-            )
-        # LLaVA counts the embeddings as layer 0, the mixtures start with the output of the first layer.
-        initial_layer = (layer if layer >= 0 else num_layers + 1 + layer) - 1
-        config_kwargs = {
-            "mixture_base_layer": initial_layer,
-            "projector_hidden_act": config.projector_hidden_act,
-            "multimodal_projector_bias": config.multimodal_projector_bias,
-            "image_token_id": config.image_token_id,
-            **config_kwargs,
-        }
-        if tokenizer is None:
-            tokenizer = cls._find_tokenizer(llava)
-        joined = cls._join(
-            model.model.vision_tower, model.model.language_model, model.lm_head, tokenizer, config_kwargs
-        )
-        joined._init_added_rows(config.text_config.vocab_size, first=config.text_config.vocab_size)
-        joined.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
-        return joined
-
-    @staticmethod
-    def _find_tokenizer(folder_or_id: str):
-        """The tokenizer of a checkpoint with `ADDED_TOKENS`, or `None` where there is none."""
-        try:
-            return AutoTokenizer.from_pretrained(folder_or_id)
-        except (OSError, ValueError, KeyError) as error:
-            logger.warning(f"No tokenizer beside {folder_or_id}, added tokens follow its vocabulary ({error}).")
-            return None
-
-    @classmethod
-    def _join(cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict):
-        """Builds the model around loaded backbones, gives the added tokens their rows and the signals their scale."""
-        text_config, vocabulary = language_model.config, language_model.config.vocab_size
-        if tokenizer is None:
-            ids = list(range(vocabulary, vocabulary + len(ADDED_TOKENS)))
-        else:
-            add_perception_tokens(tokenizer)
-            ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
-        token_ids = dict(zip(TOKEN_ID_NAMES, ids, strict=False), reserved_token_ids=ids[len(TOKEN_ID_NAMES) :])
-        config = PerceptionGPTConfig(
-            vision_config=vision_tower.config,
-            text_config=text_config,
-            # A new composite config would reset those of the loaded parts.
-            attn_implementation={
-                "vision_config": vision_tower.config._attn_implementation,
-                "text_config": text_config._attn_implementation,
-            },
-            **{"position_gain": 0.0, **token_ids, **config_kwargs},
-        )
-        model = cls(config, vision_tower=vision_tower, language_model=language_model, lm_head=lm_head)
-        model.to(language_model.dtype)
-        for module in model.model.signal_modules().values():
-            module.float()
-        if max(ids) >= vocabulary:
-            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        model.tie_weights()
-        return model
-
-    @torch.no_grad()
-    def _init_added_rows(self, vocabulary: int, first: int = 0) -> None:
-        """
-        Sets the rows of the added tokens with an id of at least `first`, in and out, to the mean of the `vocabulary`
-        rows that were loaded and a little noise, and the signals' scale to the length of the token embeddings.
-        """
-        ids = [getattr(self.config, name) for name in TOKEN_ID_NAMES] + self.config.reserved_token_ids
-        new = [index for index in ids if index >= first]
-        embeddings = self.get_input_embeddings()
-        generator = torch.Generator().manual_seed(0)
-        for weight in {id(weight): weight for weight in (embeddings.weight, self.lm_head.weight)}.values():
-            rows = weight[:vocabulary].float()
-            noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight.device) * rows.std()
-            weight[new] = (rows.mean(0) + 0.1 * noise).to(weight.dtype)
-        sample = torch.arange(min(vocabulary, 4096), device=embeddings.weight.device)
-        embedding_rms = embeddings(sample).float().square().mean().sqrt()
-        for module in self.model.signal_modules().values():
-            if hasattr(module, "norm"):
-                module.norm.weight.fill_(embedding_rms)
 
 
 PerceptionGPTModel.register_for_auto_class("AutoModel")

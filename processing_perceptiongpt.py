@@ -1,17 +1,15 @@
 """Images, text and signals into tensors, and what the model generated back into objects in pixels."""
 
-import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_perceptiongpt import (
     IMAGE_TOKEN,
@@ -21,6 +19,7 @@ from .configuration_perceptiongpt import (
     VIS_TOKEN,
     add_perception_tokens,
 )
+from .images_perceptiongpt import read_image
 from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals, refuse_signal, take_signal_inputs
 
 
@@ -122,7 +121,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             normalization, _ = ImageProcessingMixin.get_image_processor_dict(vision)
         except OSError:
             normalization = {}
-        side = config.vision_config.image_size
+        side = config.image_size
         image_processor = LlavaImageProcessorPil(
             do_pad=True,
             do_center_crop=False,
@@ -229,31 +228,16 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
     def load_image(self, image, name: str = "image") -> Image.Image:
         """
-        A picture as the model sees it before padding: turned upright (EXIF), RGB, transparency on white.
+        An image as the model sees it before padding: upright, RGB, transparency on white.
 
         Args:
-            image: PIL image, array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)`, path, URL or data URI.
+            image: whatever [`read_image`] reads: a path, a URL, bytes, base64, a PIL image, an array or a tensor.
             name (`str`): what errors call it.
 
         Raises:
-            ValueError: there is no such file, it is no readable picture, or it is too thin to survive resizing.
+            ValueError: there is no such image, it cannot be read, or it is too thin to survive resizing.
         """
-        source = str(image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", ""))
-        name = f"{name} ({source[:200]})" if source else name
-        try:
-            if isinstance(image, (np.ndarray, torch.Tensor)):
-                image = _array_to_image(image)
-            elif isinstance(image, Image.Image):
-                image = _to_rgb(image)
-            elif not source:
-                raise TypeError(f"{type(image).__name__} is not a PIL image, an array, a path or a URL")
-            elif source.startswith(("http://", "https://", "data:image/")):
-                image = load_image(source)
-            else:
-                with Image.open(source) as opened:
-                    image = _to_rgb(opened)
-        except Exception as error:  # decoders of broken files raise nearly anything
-            raise ValueError(f"{name}: cannot be read as a picture: {type(error).__name__}: {error}") from error
+        image = read_image(image, name)
         side = self.image_processor.size["height"]
         if min(image.size) * side < max(image.size):
             raise ValueError(
@@ -520,31 +504,6 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
 def _tensor_type(values) -> str | None:
     return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which `convert` would clip to white
-        return _array_to_image(np.asarray(image))
-    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
-
-
-def _array_to_image(array) -> Image.Image:
-    array = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(f"the array has the shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W)")
-    if array.dtype == bool:
-        array = array * 255
-    elif array.dtype.kind == "f" and array.max() <= 1:
-        array = (array * 255).round()
-    elif array.dtype == np.uint16 or array.dtype.kind in "ui" and array.max() > 255:
-        array = array // 257
-    if not ((array >= 0) & (array <= 255)).all():
-        raise ValueError(f"the array's values lie in {array.min()}..{array.max()}; expected 0..1, 0..255 or 0..65535")
-    array = array.astype(np.uint8)
-    return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array))
 
 
 def _flatten(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:

@@ -222,23 +222,30 @@ class MaskDecoder(nn.Module):
     of (paper, section 3.1: a two-layer, bidirectional transformer).
     """
 
-    def __init__(self, config, grid: int, text_hidden_size: int, vision_hidden_size: int):
+    def __init__(self, config, grid: int, text_hidden_size: int, feature_size: int, fine_grid: int | None = None):
         super().__init__()
         self.grid = grid
         self.size = config.size
         width = config.hidden_size
         self.state_proj = nn.Linear(text_hidden_size, width)
-        self.image_norm = nn.LayerNorm(vision_hidden_size)
-        self.image_proj = nn.Linear(vision_hidden_size, width)
+        self.image_norm = nn.LayerNorm(feature_size)
+        self.image_proj = nn.Linear(feature_size, width)
         self.iou_token = nn.Embedding(1, width)
         self.transformer = TwoWayTransformer(config)
         self.upscale = nn.ModuleList()
         self.upscale_norms = nn.ModuleList()
         channels = width
         num_stages = max(0, math.ceil(math.log2(self.size / grid)))
+        # The finest map enters at the first stage that is as fine, or at the last.
+        self.fine_stage = None
+        if fine_grid is not None:
+            self.fine_stage = min(max(0, math.ceil(math.log2(fine_grid / grid)) - 1), num_stages - 1)
         for stage in range(num_stages):
             narrower = max(width // 2 ** (stage + 2), config.upscale_channels)
             self.upscale.append(nn.ConvTranspose2d(channels, narrower, 2, stride=2))
+            if stage == self.fine_stage:
+                self.fine_norm = nn.LayerNorm(feature_size)
+                self.fine_proj = nn.Linear(feature_size, narrower)
             is_last = stage == num_stages - 1
             self.upscale_norms.append(nn.Identity() if is_last else nn.GroupNorm(1, narrower))
             channels = narrower
@@ -250,7 +257,8 @@ class MaskDecoder(nn.Module):
         """
         Args:
             states (`torch.Tensor` of shape `(N, text_hidden_size)`): final-norm hidden states.
-            image_features (`torch.Tensor` of shape `(images, grid * grid, vision_hidden_size)`)
+            image_features (`torch.Tensor` of shape `(images, cells, feature_size)`):
+                The cells of the grid, and behind them those of the finest map where the tower is a pyramid.
             image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
 
         Returns:
@@ -259,15 +267,23 @@ class MaskDecoder(nn.Module):
         dtype = self.state_proj.weight.dtype
         states = normalize_states(states).to(dtype)
         # Projected once an image, then handed to each of its states; the row of zeros at the end is for no image.
-        image = F.pad(self.image_proj(self.image_norm(image_features.to(dtype))), (0, 0, 0, 0, 0, 1))[image_index]
+        coarse, fine = image_features.to(dtype).split([self.grid**2, image_features.shape[1] - self.grid**2], dim=1)
+        image = F.pad(self.image_proj(self.image_norm(coarse)), (0, 0, 0, 0, 0, 1))[image_index]
         positions = sine_position_table(self.grid, image.shape[-1], image.device).to(dtype)
         iou_token = self.iou_token(torch.zeros(len(states), dtype=torch.long, device=states.device))
         tokens = torch.stack([iou_token, self.state_proj(states)], dim=1)
         tokens, image = self.transformer(tokens, image, positions[None])
         cells = image.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
-        for conv, norm in zip(self.upscale, self.upscale_norms, strict=True):
+        for stage, (conv, norm) in enumerate(zip(self.upscale, self.upscale_norms, strict=True)):
+            cells = conv(cells)
+            if stage == self.fine_stage:
+                side = math.isqrt(fine.shape[1])
+                fine = self.fine_proj(self.fine_norm(fine)).transpose(1, 2).unflatten(-1, (side, side))
+                if side != cells.shape[-1]:
+                    fine = F.interpolate(fine, size=cells.shape[-1], mode="bilinear", align_corners=False)
+                cells = cells + F.pad(fine, (0, 0, 0, 0, 0, 0, 0, 1))[image_index]
             # At this size an activation costs as much as the convolution: ReLU, whose backward is the cheapest.
-            cells = F.relu(norm(conv(cells)))
+            cells = F.relu(norm(cells))
         kernel = self.hyper_2(F.gelu(self.hyper_1(tokens[:, 1]))).float()
         logits = torch.einsum("nc,nchw->nhw", kernel[:, :-1], cells.float()) * (kernel.shape[-1] - 1) ** -0.5
         logits = logits + kernel[:, -1, None, None]
@@ -317,7 +333,9 @@ class MaskSignal(Signal):
         width = config.text_config.hidden_size
         return {
             "mask_encoder": MaskEncoder(config.mask_config, width, embedding_rms),
-            "mask_decoder": MaskDecoder(config.mask_config, config.mask_grid, width, config.vision_config.hidden_size),
+            "mask_decoder": MaskDecoder(
+                config.mask_config, config.mask_grid, width, config.feature_size, config.fine_grid
+            ),
         }
 
     def encode(self, model, values: torch.Tensor) -> torch.Tensor:

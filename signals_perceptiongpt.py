@@ -44,8 +44,8 @@ def refuse_signal(name: str, signals, place: str = "") -> None:
     """`ValueError`, which starts with `place`, unless a checkpoint with these signals has the one of this name."""
     if name not in signals:
         raise ValueError(
-            f"{place}this checkpoint has no {name!r} signal, only {', '.join(signals)}. To train it, load the model and the "
-            f"processor with `from_pretrained(..., signals={[*signals, name]})` and fine-tune them."
+            f"{place}this checkpoint has no {name!r} signal, only {', '.join(signals)}. To add it, load model and "
+            f"processor with `from_pretrained(..., signals={[*signals, name]})` and fine-tune the model."
         )
 
 

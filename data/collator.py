@@ -10,6 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 
 import torch
+from datasets import List
 from torch.utils.data import Dataset
 
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
@@ -321,7 +322,7 @@ def group_rows_by_image(dataset, max_questions: int, seed: int = 0) -> GroupedRo
     names = ("source", "split", "image_id")
     if hasattr(dataset, "select_columns"):
         keys = [tuple(row[name] for name in names) for row in dataset.select_columns(list(names))]
-        several = type(dataset.features["image"]).__name__ != "Image"
+        several = isinstance(dataset.features["image"], List)
     else:
         keys, several = [tuple(row[name] for name in names) for row in dataset], False
     pictures = defaultdict(list)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, interleave_datasets
+from datasets import Dataset, interleave_datasets
 from pyarrow import compute, parquet
 from torch.utils.data import get_worker_info
 
@@ -37,6 +37,7 @@ from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import describe_row, row_features, row_images
 from perceptiongpt.data.sources import prepared_files
 from perceptiongpt.data.templates import stable_generator
+from perceptiongpt.images_perceptiongpt import read_image
 
 
 MIXTURE_DEFAULTS = {
@@ -336,7 +337,7 @@ class Mixture(torch.utils.data.IterableDataset):
                     is_last = index == len(batches)
                     place = {"stream": end if is_last else start, "served": 0 if is_last else index}
                     place = json.dumps({"epoch": epoch, **place, "worker": worker, "workers": workers})
-                    yield {"rows": [_open_pictures(item) for item in batch], "state": place}
+                    yield {"rows": [_open_images(item) for item in batch], "state": place}
                 start, served = end, 0
             epoch, state = epoch + 1, {"stream": None}
 
@@ -388,17 +389,17 @@ class MixtureCollator:
         return {**self.collator(batch["rows"]), "stream_state": batch["state"]}
 
 
-def _open_pictures(item: dict | list[dict]) -> dict | list[dict]:
-    """Open the picture of a row, or the one that a list of rows shares."""
+def _open_images(item: dict | list[dict]) -> dict | list[dict]:
+    """Read the image of a row, or the one that a list of rows shares."""
     if isinstance(item, list):
-        first = _open_pictures(item[0])
+        first = _open_images(item[0])
         return [first, *({**row, "image": first["image"]} for row in item[1:])]
-    pictures = []
+    images = []
     for stored in row_images(item):
         if stored is None:
-            raise ValueError(f"{describe_row(item)}: was prepared without its picture and cannot be trained on")
-        pictures.append(Image(mode="RGB").decode_example(stored) if isinstance(stored, dict) else stored)
-    return {**item, "image": pictures if isinstance(item["image"], list) else pictures[0]}
+            raise ValueError(f"{describe_row(item)}: was prepared without its image and cannot be trained on")
+        images.append(read_image(stored, describe_row(item)) if isinstance(stored, dict) else stored)
+    return {**item, "image": images if isinstance(item["image"], list) else images[0]}
 
 
 # ---- from a recipe ---------------------------------------------------------------------------------------------------

@@ -420,18 +420,18 @@ def draw_row(row: dict):
 
     Without a picture at hand they are drawn on grey.
     """
-    from datasets import Image as ImageFeature
     from PIL import Image
 
     from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
     from perceptiongpt.drawing import draw_objects
+    from perceptiongpt.images_perceptiongpt import read_image
 
     stored = row_images(row)[0]
     if stored is None:
         size = (row["width"], row["height"]) if row["width"] else UNKNOWN_SIZE
         image = Image.new("RGB", size, "#B0B0B0")
     else:
-        image = ImageFeature(mode="RGB").decode_example(stored) if isinstance(stored, dict) else stored
+        image = read_image(stored, describe_row(row))
     lines, number = [], 0
     for message in row["messages"]:
         first, *others = message["content"].replace(IMAGE_TOKEN, "").split(VIS_TOKEN)

@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from perceptiongpt.images_perceptiongpt import upright_size
+
 
 TAR_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tgz", ".txz")
 PACKED = (".zip", *TAR_SUFFIXES)
@@ -497,13 +499,14 @@ def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            orientation = image.getexif().get(Image.ExifTags.Base.Orientation)
-            size = image.size
+            size = upright_size(image)
             if whole:
-                image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
+                image.draft(
+                    "RGB", tuple(max(side // 8, 1) for side in image.size)
+                )  # a JPEG is read whole, decoded small
                 image.load()
     except FileNotFoundError as error:
         raise MissingPicture(f"{path}: there is no such picture") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
-    return size[::-1] if orientation in (5, 6, 7, 8) else size
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    return size

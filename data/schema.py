@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
 from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
@@ -44,9 +45,16 @@ DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
+class RowImage(Image):
+    """A `datasets.Image` that is read as every other image is: transparency on white, where `datasets` drops it."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        return read_image(value)
+
+
 def row_features(several_images: bool = False) -> Features:
     """The `datasets.Features` of the schema; `several_images` makes `image` a list of images."""
-    image = Image(mode="RGB")
+    image = RowImage(mode="RGB")
     return Features(
         {
             "image": List(image) if several_images else image,
@@ -97,8 +105,8 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes a `box`, a `mask`, a `point` or, with several of them, a `region` item, as its slot says. `<p>..</p>`
-    stays in the text.
+    `<vis>` becomes an item of the signal in its slot, or a `region` item where there are several. `<p>..</p>` stays in
+    the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.

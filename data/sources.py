@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, Features, load_dataset
+from datasets import Dataset, DatasetInfo, Features, load_dataset
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -148,7 +148,8 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
         # No further columns, such as those of label_masks, and none that the files were made without.
         features = row_features(several_images=is_list(schema.field("image").type))
         features = Features({name: feature for name, feature in features.items() if name in schema.names})
-        return load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
+        dataset = load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
+        return Dataset(dataset.data, DatasetInfo(features=features))  # the cache knows a plain `datasets.Image`
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)
 

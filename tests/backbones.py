@@ -44,6 +44,17 @@ VISION_FAMILIES = {
     "dinov2": ("Dinov2Model", "BitImageProcessor"),
     "dinov2_registers": ("Dinov2WithRegistersModel", "BitImageProcessor"),
 }
+# Towers whose layers are maps of several sizes, by config class; all read 32-pixel images here.
+PYRAMID_FAMILIES = {
+    "convnextv2": ("ConvNextV2Config", {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "num_stages": 3}),
+    "swin": ("SwinConfig", {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "window_size": 2}),
+    "resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 12, 16], "depths": [1, 1, 1]}),
+    "hiera": (
+        "HieraConfig",
+        {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [1, 1, 2], "num_query_pool": 2, "masked_unit_size": [4, 4]},
+    ),
+    "mobilenet_v2": ("MobileNetV2Config", {"depth_multiplier": 0.25, "finegrained_output": False}),
+}
 TOKENIZER_CORPUS = [
     "What is in the picture? Where is the red cup on the left of the table?",
     "Find every person, dog, cat and chair. There is no zebra. Segment the largest one.",
@@ -98,6 +109,25 @@ def save_tiny_text(family: str, folder: Path, chat_template: str | None = None) 
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_pyramid(family: str, folder: Path) -> str:
+    """Save a random tower of `PYRAMID_FAMILIES` with its image processor; returns the folder."""
+    config_class, sizes = PYRAMID_FAMILIES[family]
+    if family == "hiera":
+        sizes = sizes | {"image_size": [TINY_IMAGE_SIZE, TINY_IMAGE_SIZE]}
+    elif family != "resnet":
+        sizes = sizes | {"image_size": TINY_IMAGE_SIZE}
+    torch.manual_seed(0)
+    tower = transformers.AutoModel.from_config(getattr(transformers, config_class)(**sizes))
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # With the library's N(0, 0.02) and batch norm in eval mode nothing would reach the last maps.
+            torch.nn.init.kaiming_normal_(module.weight)
+    tower.save_pretrained(folder)
+    size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
+    transformers.BitImageProcessor(size=size, crop_size=size).save_pretrained(folder)
     return str(folder)
 
 

@@ -523,10 +523,10 @@ def test_panoptic_zip_and_broken_files(tmp_path):
     for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         packed[packed.index(mark) + flags] |= 1  # says that the file is encrypted
     (tmp_path / "pngs.zip").write_bytes(packed)
-    with pytest.raises(ValueError, match="7.png in .*pngs.zip cannot be read as a picture: .*encrypted"):
+    with pytest.raises(ValueError, match="7.png in .*pngs.zip cannot be read as an image: .*encrypted"):
         list(coco_panoptic_rows(tmp_path, images=False, masks=tmp_path / "pngs.zip"))
     (tmp_path / "annotations/panoptic_train2017/7.png").write_bytes(b"PNG")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         list(coco_panoptic_rows(tmp_path, images=False))
 
 

@@ -271,7 +271,7 @@ def test_arrays_are_pictures(processor, array):
     "array", [np.zeros((5, 5, 2)), np.zeros(5), np.zeros((0, 5, 3)), np.full((5, 5), np.nan), np.full((5, 5), -3.0)]
 )
 def test_arrays_that_are_no_pictures(processor, array):
-    with pytest.raises(ValueError, match="sample 0, image 0.*cannot be read as a picture"):
+    with pytest.raises(ValueError, match="sample 0, image 0.*cannot be read as an image"):
         processor(images=[array], text="<image>")
 
 
@@ -332,7 +332,7 @@ def _damaged(kind: str, folder: Path) -> Path:
 def test_an_unreadable_file_is_named(processor, image, kind, tmp_path):
     path = _damaged(kind, tmp_path)
     rows = [[user(picture(image))], [user(picture(image), picture(path))]]
-    with pytest.raises(ValueError, match=rf"sample 1, image 1 \(.*{kind}.jpg\): cannot be read as a picture"):
+    with pytest.raises(ValueError, match=rf"sample 1, image 1 \(.*{kind}.jpg\): cannot be read as an image"):
         encode(processor, rows)
     if path.exists() and kind == "truncated":  # opened by the user, so the damage shows only when it is decoded
         with pytest.raises(ValueError, match=rf"sample 0, image 0 \(.*{kind}.jpg\)"):
@@ -906,5 +906,5 @@ def test_pipeline_refuses_what_it_cannot_read(pipe, image):
         pipe([image], ["a", "b"])
     with pytest.raises(ValueError, match="contains <vis>"):
         pipe(image, "what is <vis>?")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         pipe("missing.png", "the red cup")

@@ -12,14 +12,13 @@ import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from datasets import Dataset
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.reading import Problems, open_file, stream_json_array
+from perceptiongpt.data.reading import MissingPicture, Problems, open_file, picture_size, safe_join, stream_json_array
 from perceptiongpt.data.schema import check_size, clip_box, rle_runs, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
 
@@ -97,7 +96,7 @@ def skipping(problems: Problems | None, where: str | Path) -> Iterator[None]:
     except ValueError as error:
         if problems is None or not problems.skip:
             raise
-        problems.report(str(where), str(error))
+        problems.report(str(where), error)
 
 
 def coco_rows(
@@ -257,25 +256,15 @@ def read_instances(
 
 
 def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Path:
-    """The checked path of a picture: inside `folder`, present, whole, and of the size that `record` states."""
+    """The checked path of an image: inside `folder`, present, whole, and of the size that `record` states."""
     name = f"{annotations}: image {record['id']!r}, file {record['file_name']!r}"
-    file_name = str(record["file_name"])
-    for flavour in (PurePosixPath(file_name), PureWindowsPath(file_name)):
-        if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
-            raise ValueError(f"{name}: leaves the folder {folder}")
-    path = Path(folder) / file_name
-    if not path.is_file():
-        raise ValueError(f"{name}: does not exist in {folder}")
     try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(Image.ExifTags.Base.Orientation)
-            size = image.size
-            image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
-            image.load()
-            if orientation in (5, 6, 7, 8):  # `datasets` turns pictures upright when it opens them
-                size = size[::-1]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be read as a picture: {error}") from error
+        path = safe_join(folder, record["file_name"])
+        size = picture_size(path)
+    except MissingPicture as error:
+        raise MissingPicture(f"{name}: does not exist in {folder}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if size != (record["width"], record["height"]):
         raise ValueError(
             f"{name}: is {size[0]} x {size[1]} pixels, the annotations say {record['width']} x {record['height']}"

@@ -14,11 +14,12 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.data.formats.coco import read_instances, segmentation_to_rle
 from perceptiongpt.data.reading import safe_join
+from perceptiongpt.images_perceptiongpt import to_rgb, upright_size
 
 
 COLORS = {
@@ -287,16 +288,14 @@ def _read_photo(path: Path, least_side: int) -> tuple[Image.Image, tuple[int, in
     """An upright photo in RGB, reduced while its longer side stays above `least_side`, and its original size."""
     try:
         with Image.open(path) as photo:
-            original = photo.size
+            original = upright_size(photo)
             photo.draft("RGB", (least_side, least_side))
-            # `datasets` turns pictures upright, too.
-            turned = photo.getexif().get(Image.ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            photo = ImageOps.exif_transpose(photo).convert("RGB")
+            photo = to_rgb(photo)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     if max(photo.size) > 2 * least_side:
         photo = photo.reduce(max(photo.size) // least_side)
-    return photo, original[::-1] if turned else original
+    return photo, original
 
 
 def draw_scene(
