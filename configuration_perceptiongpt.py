@@ -1,7 +1,7 @@
 """Configuration of PerceptionGPT, and the special tokens that every part of the package agrees on."""
 
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec, strict
 
 from .signal_box_perceptiongpt import PerceptionGPTBoxConfig
 from .signal_mask_perceptiongpt import PerceptionGPTMaskConfig
@@ -32,6 +32,7 @@ def add_perception_tokens(tokenizer) -> int:
     return tokenizer.add_tokens(tokens, special_tokens=True)
 
 
+@strict
 class PerceptionGPTConfig(PreTrainedConfig):
     r"""
     Configuration of a [`PerceptionGPTForConditionalGeneration`]. Without arguments: Vicuna-7B and CLIP ViT-L/14-336.
@@ -108,14 +109,14 @@ class PerceptionGPTConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     mixture_base_layer: int | None = None
-    position_gain: float = 1.0
+    position_gain: float | int = 1.0
     image_size: int | None = None
     image_grid: int | None = None
     mask_grid: int | None = None
     feature_size: int | None = None
     vision_stages: list[dict] | None = None
     mask_image_size: int | None = None
-    lm_loss_weight: float = 1.0
+    lm_loss_weight: float | int = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -136,6 +137,7 @@ class PerceptionGPTConfig(PreTrainedConfig):
             "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
             "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
             "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
             "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
         }
         self.custom_pipelines = {
@@ -182,6 +184,12 @@ class PerceptionGPTConfig(PreTrainedConfig):
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {value}, which this tower has.")
             setattr(self, name, value)
+
+    def validate_mixture_base_layer(self) -> None:
+        """The layer that the mixtures start from exists; how many stages a pyramid has is known once it is built."""
+        layers = len(self.vision_stages or ()) if self.is_pyramid else self.vision_config.num_hidden_layers
+        if layers and self.mixture_base_layer is not None and not 0 <= self.mixture_base_layer < layers:
+            raise ValueError(f"`mixture_base_layer` is {self.mixture_base_layer}, expected one of 0 to {layers - 1}.")
 
     @property
     def is_pyramid(self) -> bool:

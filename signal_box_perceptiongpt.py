@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import strict
 
 from .geometry_perceptiongpt import boxes_from_square, boxes_to_square, clip_box, decode_mask, tight_box
 from .signal_perceptiongpt import CoordinateEncoder, Signal, StateMLP
@@ -22,6 +23,7 @@ TIGHT = "tight"
 LARGEST_JITTER = 3
 
 
+@strict
 class PerceptionGPTBoxConfig(PreTrainedConfig):
     r"""
     Sizes and loss weights of the box signal.
@@ -37,9 +39,9 @@ class PerceptionGPTBoxConfig(PreTrainedConfig):
     base_config_key = "box_config"
 
     hidden_size: int = 1024
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    iou_weight: float = 1.0
+    l1_weight: float | int = 5.0
+    giou_weight: float | int = 2.0
+    iou_weight: float | int = 1.0
 
 
 class BoxEncoder(CoordinateEncoder):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import strict
 
 from .geometry_perceptiongpt import decode_mask, encode_rle, mask_to_polygons, mask_to_square, sample_mask_logits
 from .signal_perceptiongpt import Signal, SignalEmbeddingNorm, normalize_states
@@ -20,6 +21,7 @@ from .signal_perceptiongpt import Signal, SignalEmbeddingNorm, normalize_states
 SMALLEST_GRID = 128
 
 
+@strict
 class PerceptionGPTMaskConfig(PreTrainedConfig):
     r"""
     Sizes and loss weights of the mask signal.
@@ -49,13 +51,13 @@ class PerceptionGPTMaskConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     mlp_dim: int = 1024
     attention_downsample_rate: int = 2
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float | int = 1e-6
     upscale_channels: int = 32
     encoder_channels: list[int] | tuple[int, ...] = (32, 64, 64)
     encoder_grid: int = 8
-    bce_weight: float = 2.0
-    dice_weight: float = 2.0
-    iou_weight: float = 1.0
+    bce_weight: float | int = 2.0
+    dice_weight: float | int = 2.0
+    iou_weight: float | int = 1.0
 
 
 def sine_position_table(grid: int, width: int, device=None) -> torch.Tensor:

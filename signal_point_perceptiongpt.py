@@ -4,17 +4,17 @@ The point signal: a point in, one token embedding out; one hidden state in, a po
 Points are `(x, y)` in 0..1 of the padded square, float32 from file to file.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import strict
 
-from .geometry_perceptiongpt import OVERHANG, letterbox
+from .geometry_perceptiongpt import clip_point, letterbox
 from .signal_perceptiongpt import CoordinateEncoder, Signal, StateMLP
 
 
+@strict
 class PerceptionGPTPointConfig(PreTrainedConfig):
     r"""
     Sizes and loss weights of the point signal.
@@ -31,9 +31,9 @@ class PerceptionGPTPointConfig(PreTrainedConfig):
     base_config_key = "point_config"
 
     hidden_size: int = 1024
-    l1_weight: float = 5.0
-    score_weight: float = 1.0
-    score_scale: float = 0.05
+    l1_weight: float | int = 5.0
+    score_weight: float | int = 1.0
+    score_scale: float | int = 0.05
 
 
 class PointEncoder(CoordinateEncoder):
@@ -59,33 +59,6 @@ class PointDecoder(StateMLP):
         """
         outputs = super().forward(states).sigmoid()
         return outputs[..., :2], outputs[..., 2]
-
-
-def clip_point(point, height: float, width: float) -> list[float]:
-    """
-    Checks one point and clips what overhangs a `(height, width)` image by at most one pixel. (A size that is not known
-    is infinite.)
-
-    Returns:
-        `list[float]`: x and y in pixels inside the image.
-
-    Raises:
-        ValueError: not two finite numbers, or further outside the image.
-    """
-    expected = f"expected [x, y] in pixels with x <= {width} and y <= {height}"
-    try:
-        values = [float(value) for value in point]
-    except (TypeError, ValueError, OverflowError):
-        values = []
-    if len(values) != 2:
-        raise ValueError(f"point {point!r:.200} is not two numbers; {expected}")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"point {values} is not finite; {expected}")
-    x, y = values
-    overhang = max(-x, -y, x - width, y - height)
-    if overhang > OVERHANG:
-        raise ValueError(f"point {values} lies {overhang:g} px outside the {width} x {height} image; {expected}")
-    return [min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))]
 
 
 class PointSignal(Signal):

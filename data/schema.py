@@ -8,7 +8,7 @@ A row is a dictionary with the columns of `row_features`:
 | `messages` | list of {`role`, `content`}; `<image>` opens the first user turn, once per image; a `<vis>` per signal |
 | `boxes` | per `<vis>`, in reading order: xyxy in absolute pixels of the original image, or None |
 | `masks` | per `<vis>`: {`size`: [height, width], `counts`: str}, compressed COCO RLE, or None |
-| `points` | per `<vis>`: [x, y] in absolute pixels of the original image, or None; without the column, all None |
+| `points` | per `<vis>`: [x, y] in absolute pixels of the original image, or None; the column may be missing |
 | `task` | one of `TASKS` |
 | `source`, `image_id`, `split` | strings |
 | `width`, `height` | of the (first) original image, pixels |
@@ -16,13 +16,14 @@ A row is a dictionary with the columns of `row_features`:
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 from datasets import Features, Image, List, Value
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
-from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
@@ -40,8 +41,12 @@ TASKS = (
     "grounded_vqa",
     "reasoning",
     "dialogue",
+    "point",
+    "point_all",
+    "point_to_mask",
 )
-DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
+POINT_TASKS = ("point", "point_all", "point_to_mask")
+DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
@@ -50,6 +55,9 @@ class RowImage(Image):
 
     def decode_example(self, value, token_per_repo_id=None):
         return read_image(value)
+
+    def __eq__(self, other) -> bool:  # so that data sets of both kinds can be concatenated
+        return isinstance(other, Image) and vars(self) == vars(other)
 
 
 def row_features(several_images: bool = False) -> Features:
@@ -85,10 +93,19 @@ _LATER = {signal.plural for name, signal in SIGNALS.items() if name not in FIRST
 REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column not in _LATER)
 
 
+def _given_columns(row: dict) -> dict[str, list]:
+    """The columns of a row by signal, without those of later signals that hold no value at all."""
+    columns = {name: row.get(signal.plural) for name, signal in SIGNALS.items()}
+    return {
+        name: values
+        for name, values in columns.items()
+        if name in FIRST_SIGNALS or any(value is not None for value in values or [])
+    }
+
+
 def row_slots(row: dict) -> list[dict]:
     """The values of each `<vis>` of a row that are not None, by the signal's name."""
-    columns = {name: row.get(signal.plural) for name, signal in SIGNALS.items()}
-    columns = {name: values for name, values in columns.items() if values is not None}
+    columns = _given_columns(row)
     if len({len(values) for values in columns.values()}) > 1:
         found = ", ".join(f"{len(values)} {SIGNALS[name].plural}" for name, values in columns.items())
         raise ValueError(f"{describe_row(row)}: {found}; expected one of each, or None, per {VIS_TOKEN}")
@@ -177,10 +194,8 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
         for key, signal in SIGNALS.items():
             value = slot.get(key)
             if value is not None:
-                try:
+                with naming(f"{name}, slot {index}"):
                     value, was_clipped = signal.check_column(value, height, width)
-                except ValueError as error:
-                    raise ValueError(f"{name}, slot {index}: {error}") from error
                 clipped += was_clipped
             columns[signal.plural].append(value)
     return {**row, **columns}, clipped
@@ -203,20 +218,13 @@ def check_size(width, height, name: str) -> None:
         raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
 
 
-def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[list[float], bool]:
-    """Check one xyxy box in pixels against an image of `width` x `height`; clip an overhang of at most one pixel.
-
-    Returns:
-        The box as floats, and whether it was clipped.
-
-    Raises:
-        ValueError: if it has not four finite numbers, no area, or overhangs by more than a pixel.
-    """
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a name before the message of a `ValueError` raised inside."""
     try:
-        clipped = clip_to_picture(box_xyxy_pixels, height, width)
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return clipped, clipped != [float(value) for value in box_xyxy_pixels]
 
 
 def _validate_messages(row: dict, name: str, with_images: bool) -> None:
@@ -237,10 +245,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
         )
     slots = sum(content.count(VIS_TOKEN) for content in contents)
-    counts = {column: len(row[column]) for signal in SIGNALS.values() if row.get(column := signal.plural) is not None}
+    counts = {SIGNALS[key].plural: len(values) for key, values in _given_columns(row).items()}
     if set(counts.values()) != {slots}:
-        found = ", ".join(f"{count} {column}" for column, count in counts.items())
-        raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {found}; expected as many of each")
+        listed = ", ".join(f"{count} {column}" for column, count in counts.items())
+        raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {listed}; expected as many of each")
     for content in contents:
         tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
         if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
@@ -252,23 +260,6 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
 
 
-def decode_rle(mask: dict, name: str = "mask"):
-    """Decode a compressed COCO RLE into a uint8 array (height, width); `ValueError` if it is broken or empty."""
-    height, width = (int(side) for side in mask["size"])
-    runs = rle_runs(mask["counts"], name)
-    if sum(runs) != height * width or min(runs) < 0:
-        raise ValueError(f"{name}: run lengths sum up to {sum(runs)}, expected {height} x {width} = {height * width}")
-    if sum(runs[1::2]) == 0:
-        raise ValueError(f"{name}: the mask is empty")
-    return coco_mask.decode({"size": [height, width], "counts": mask["counts"].encode("ascii")})
-
-
-def rle_runs(counts: str, name: str = "mask") -> list[int]:
-    """`geometry_perceptiongpt.rle_runs` with errors that name the row."""
-    try:
-        runs = read_rle_runs(counts)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not runs:
-        raise ValueError(f"{name}: the RLE string is empty")
-    return runs
+def decode_rle(mask: dict) -> np.ndarray:
+    """A mask of the schema as a bool array (height, width); `ValueError` if it is broken or empty."""
+    return decode_mask(mask, *mask["size"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetInfo, Features, load_dataset
+from pyarrow import nulls
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -145,11 +146,17 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
     if source == "parquet":
         files = prepared_files(**arguments)
         schema = read_schema(files[0])
-        # No further columns, such as those of label_masks, and none that the files were made without.
-        features = row_features(several_images=is_list(schema.field("image").type))
-        features = Features({name: feature for name, feature in features.items() if name in schema.names})
-        dataset = load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
-        return Dataset(dataset.data, DatasetInfo(features=features))  # the cache knows a plain `datasets.Image`
+        several = is_list(schema.field("image").type)
+        features = row_features(several)
+        there = {name: features[name] for name in features if name in schema.names}  # no others, such as label_masks'
+        dataset = load_dataset(
+            "parquet", data_files=files, split="train", features=Features(there), columns=list(there)
+        )
+        table = dataset.data
+        for name in set(features) - set(there):  # points, in a folder from before there were any
+            table = table.append_column(name, nulls(len(dataset), features.arrow_schema.field(name).type))
+        # Made anew, since the cache knows a plain `datasets.Image` only.
+        return Dataset(table, DatasetInfo(features=features))
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)
 
