@@ -310,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
     @route("GET", "/api/agent-harnesses")
     def agent_harnesses(self) -> None:
         """The client asks which coding agents there are, to name the one it runs in."""
-        self.send_json([])
+        self.send_json({"standardEnvVars": [], "harnesses": {}})
 
     @route("GET", "/api/whoami-v2")
     def whoami(self) -> None:
