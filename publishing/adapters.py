@@ -75,15 +75,14 @@ def local_copy(name: str, revision: str | None) -> str:
     return name if Path(name).is_dir() else snapshot_download(name, revision=revision, allow_patterns=LOADED_PATTERNS)
 
 
-def build_base(base: dict, dtype: torch.dtype | str | None = None):
+def build_base(base: dict):
     """Load or join the base again: (model, processor).
 
     Args:
         base: {"model": part of a recipe, "seed", "revisions": by key of the model}.
-        dtype: in place of the recipe's.
     """
     settings, revisions = base["model"], base.get("revisions", {})
-    dtype = dtype or settings.get("dtype") or "float32"
+    dtype = settings.get("dtype", "float32")
     folders = {key: local_copy(settings[key], revisions.get(key)) for key in MODEL_ORIGINS if key in settings}
     model_class = PerceptionGPTForConditionalGeneration
     if "checkpoint" in folders:
@@ -124,7 +123,7 @@ def fresh_hash(model, adapter_config: dict) -> str:
 
 
 def describe_base(base: dict, adapter_config: dict) -> dict:
-    """The base for the adapter's config: pinned, with the hash of what is fresh and stays, and the torch that made it."""
+    """The base as the adapter's config records it: with the hash of what is fresh and stays, and torch's version."""
     model, _ = build_base(base)
     return {**base, "fresh_sha256": fresh_hash(model, adapter_config), "torch": torch.__version__}
 
@@ -154,7 +153,7 @@ def load_adapter(
         adapter: a folder or a repository with adapter_config.json.
         revision: of that repository.
         base: a folder or repository to take as the base, in place of the one that the config names.
-        dtype: of the base's weights; None: as they were saved, or as in training where the base is joined again.
+        dtype: of the weights (the signal modules stay float32); None: as the base was saved, or joined in training.
         merge: return a plain model; otherwise the `PeftModel`.
 
     Returns:
@@ -171,24 +170,27 @@ def load_adapter(
     named, recorded = config.get("base_model_name_or_path"), (config.get("auto_mapping") or {}).get(BASE_KEY)
     if base is not None or named:
         source, base_revision = (str(base), None) if base is not None else (named, config.get("revision"))
-        options = {"revision": base_revision, "dtype": dtype or "auto"}
-        model = PerceptionGPTForConditionalGeneration.from_pretrained(source, **options)
+        model = PerceptionGPTForConditionalGeneration.from_pretrained(source, revision=base_revision or "main")
     elif recorded:
-        model, _ = build_base(recorded, dtype)
-        found = fresh_hash(model, config)
-        if found != recorded["fresh_sha256"] and dtype is None:
+        model, _ = build_base(recorded)
+        found, expected = fresh_hash(model, config), recorded["fresh_sha256"]
+        if found != expected:
             raise ValueError(
                 f"{adapter}: the modules that were fresh in training have other values here (sha256 {found[:12]}, "
-                f"expected {recorded['fresh_sha256'][:12]}): they were drawn with seed {recorded['seed']} by torch "
-                f"{recorded['torch']}, and this is torch {torch.__version__}. Install that version; or ask the author to "
-                "publish the joined base (publish.py --adapter_only --base_repo); or give base=, a saved copy of it"
+                f"expected {expected[:12]}): seed {recorded['seed']} and torch {recorded['torch']} made them; "
+                f"this is torch {torch.__version__}. Install that version; or ask the author to publish the joined "
+                "base (publish.py --adapter_only --base_repo); or give base=, a saved copy of it"
             )
     else:
         raise ValueError(f"{adapter}: its config names no base; give base=, the folder or repository it was trained on")
     model = PeftModel.from_pretrained(model, adapter, revision=revision)
-    processor = PerceptionGPTProcessor.from_pretrained(adapter, revision=revision)
+    processor = PerceptionGPTProcessor.from_pretrained(adapter, revision=revision or "main")
     if merge:
         model = model.merge_and_unload()
+    if dtype is not None:
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for module in (model if merge else model.get_base_model()).model.signal_modules().values():
+            module.float()  # coordinates need float32
     return model.eval(), processor
 
 

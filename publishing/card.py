@@ -204,8 +204,10 @@ def write_card(
     picture: str | None = None,
     about_picture: str = "",
     prompts: Sequence[str] = (),
+    is_adapter: bool = False,
+    adapter_base: str | None = None,
 ) -> str:
-    """The whole card of a full checkpoint.
+    """The whole card of a checkpoint, or of an adapter by itself.
 
     Args:
         repo_id: `user/name` of the repository.
@@ -217,6 +219,8 @@ def write_card(
         steps: optimizer steps of the training, where they are known.
         picture, about_picture: path of the picture of answers in the repository, and what it shows.
         prompts: prompts that the checkpoint was asked in its check; the first is the example of the card.
+        is_adapter: the repository holds an adapter alone.
+        adapter_base: the repository of its base; None: the base is joined again from its parts.
     """
     facts = facts or Facts()
     name = repo_id.split("/")[-1]
@@ -225,12 +229,12 @@ def write_card(
         f"# {name}",
         "",
         "A vision-language model that reads and writes boxes and masks as one token, `<vis>`: an implementation of "
-        f"[PerceptionGPT]({PAPER}) for `transformers`. {size_sentence(config, parameters)}",
+        f"[PerceptionGPT]({PAPER}) for `transformers`. {size_sentence(config, parameters, is_adapter)}",
         "",
         *picture_lines,
         "## Use",
         "",
-        usage(repo_id, prompts[0] if prompts else "Find the dog."),
+        adapter_usage(repo_id, adapter_base) if is_adapter else usage(repo_id, prompts[0] if prompts else "Find it."),
         "",
         "Boxes are `[x0, y0, x1, y1]` in pixels of the image; masks are bool arrays of its size; no object found is an "
         "empty list. Boxes and masks also go in, as content items `box`, `mask` and `region` of a message.",
@@ -252,7 +256,10 @@ def write_card(
         *licence_section(recipe, facts),
         "",
     ]
-    data = card_data(repo_id, recipe, evaluations, facts)
+    more = {"library_name": "peft", "base_model_relation": "adapter"} if is_adapter else {}
+    if is_adapter and adapter_base and not facts.base_models:
+        more["base_model"] = adapter_base
+    data = card_data(repo_id, recipe, evaluations, facts, **more)
     return checked_card(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
 
 
@@ -275,12 +282,14 @@ def checked_card(content: str) -> str:
     return content
 
 
-def size_sentence(config: dict, parameters: int) -> str:
+def size_sentence(config: dict, parameters: int, is_adapter: bool) -> str:
     millions = parameters / 1e6
     size = f"{millions / 1000:.1f} billion" if millions >= 1000 else f"{millions:.1f} million"
     vision, text = (config[key].get("model_type", "?") for key in ("vision_config", "text_config"))
     image_size = config.get("image_size") or config["vision_config"].get("image_size")
     resolution = f" at {image_size} pixels" if image_size else ""
+    if is_adapter:
+        return f"This is an adapter of {size} parameters for a `{vision}` vision tower and a `{text}` language model."
     return f"It has {size} parameters: a `{vision}` vision tower{resolution} and a `{text}` language model."
 
 
@@ -293,6 +302,25 @@ result = pipe("photo.jpg", {json.dumps(prompt)}, max_new_tokens=64)
 print(result["text"])
 for found in result["objects"]:
     print(found["phrase"], found["box"], found["score"], found["mask"].shape)
+```"""
+
+
+def adapter_usage(repo_id: str, base: str | None) -> str:
+    if base is None:
+        return f"""The base is joined from its parts, with the code of the `perceptiongpt` package:
+
+```python
+from perceptiongpt.publishing.adapters import load_adapter
+
+model, processor = load_adapter("{repo_id}")
+```"""
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{repo_id}").merge_and_unload()
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 ```"""
 
 
@@ -346,6 +374,8 @@ def training_section(recipe: dict, steps: int | None, facts: Facts) -> list[str]
     lines = []
     if start:
         lines.append(f"Started from {' and '.join(start)}.")
+    if not recipe_sources(recipe):
+        lines.append("Joined from these parts and not trained.")
     if adapter.get("mode"):
         rank = f" of rank {adapter['rank']}" if adapter["mode"] in ("lora", "qlora") and adapter.get("rank") else ""
         lines.append(f"Adapter mode `{adapter['mode']}`{rank}.")

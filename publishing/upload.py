@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ except ImportError:
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 AGAIN = "Give the same command again: what has arrived is not sent twice"
 UNTOUCHED = "Nothing was published: main is as it was"
+ALL_OR_NOTHING = "main holds either all files or none of them, as they go into one commit"
+# What the client raises when the Hub refuses or is not reached.
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError)
 BLOCK = 2**20
 
 
@@ -65,7 +69,7 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False) -
             f"there is no access token: log in with `hf auth login`, or set HF_TOKEN to one with write access "
             f"({TOKENS_PAGE})"
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise explained(error, repo_id) from error
     user, organizations = who["name"], [one["name"] for one in who.get("orgs", [])]
     if (who.get("auth", {}).get("accessToken") or {}).get("role") == "read":
@@ -92,15 +96,13 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False) -
             raise
         if not replace:
             check_content(api, repo_id, {sibling.rfilename for sibling in info.siblings or []})
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise explained(error, repo_id) from error
     return Target(api, repo_id, True, user)
 
 
 def check_content(api: HfApi, repo_id: str, files: set[str]) -> None:
     """Refuse to write over a model of another kind."""
-    import json
-
     taken = f"the name is taken: {repo_id} holds"
     if "config.json" in files:
         path = api.hf_hub_download(repo_id, "config.json")
@@ -156,18 +158,22 @@ def upload(
         kept = [name for name in remote if name not in local and name not in stale and name != ".gitattributes"]
         additions = [CommitOperationAdd(name, folder / name) for name in local]
         api.preupload_lfs_files(repo_id, additions, free_memory=False)
-        operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).oid
-    except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+    except (*HUB_ERRORS, RuntimeError) as error:
         raise explained(error, repo_id, f"{UNTOUCHED}. {AGAIN}") from error
     try:
+        operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).oid
+    except HUB_ERRORS as error:
+        lost = getattr(error, "response", None) is None  # the commit may have been made, and only the answer lost
+        raise explained(error, repo_id, f"{ALL_OR_NOTHING if lost else UNTOUCHED}. {AGAIN}") from error
+    except ValueError as error:
+        raise PublishError(f"the Hub does not accept the card: {' '.join(str(error).split())}. {UNTOUCHED}") from error
+    try:
         if wrong := differences(api, repo_id, commit, folder, local, own_files):
-            raise PublishError(
-                f"{repo_id} was published as {commit}, but differs from the stage: {', '.join(wrong[:3])}"
-            )
+            raise PublishError(f"{repo_id} has the commit {commit}, but it differs from the stage: {', '.join(wrong)}")
         if tag is not None and tags.get(tag) != commit:
             api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=tag in tags)
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise explained(error, repo_id, f"main is published as {commit}; the tag is missing. {AGAIN}") from error
     return commit, kept
 
@@ -241,7 +247,7 @@ def explained(error: BaseException, repo_id: str, state: str = UNTOUCHED) -> Pub
         state: what `main` holds now, and what to do.
     """
     cause = error
-    while not isinstance(cause, (HfHubHTTPError, httpx.HTTPError, OSError)):
+    while not isinstance(cause, HUB_ERRORS):
         if cause.__cause__ is None:
             raise error
         cause = cause.__cause__

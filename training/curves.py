@@ -22,9 +22,7 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     names = loss_names(log_history) or ["loss"]
-    figure, panels = pyplot.subplots(
-        1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False
-    )
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
     ends = {entry.get("stage"): entry["step"] for entry in log_history}
     for name, panel in zip(names, panels[0], strict=True):
         for key, style in ((name, "-"), (f"eval_{name}", "o--")):
