@@ -156,9 +156,13 @@ def recipe_sources(recipe: dict) -> list[dict]:
 
 
 def without_paths(value):
-    """A recipe for the public: of local paths only the last part is kept."""
+    """A recipe for the public: of local paths only the last part; no tokens, and no keys without a value."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {
+            key: without_paths(item)
+            for key, item in value.items()
+            if item not in (None, {}, []) and not str(key).endswith("_token")
+        }
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     if isinstance(value, str) and ("/" in value or "\\" in value) and not is_hub_id(value) and "://" not in value:
