@@ -3,7 +3,7 @@
 import math
 
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec, strict
 
 
 IMAGE_TOKEN = "<image>"
@@ -29,6 +29,7 @@ def add_perception_tokens(tokenizer) -> int:
     return tokenizer.add_tokens(tokens, special_tokens=True)
 
 
+@strict
 class PerceptionGPTBoxConfig(PreTrainedConfig):
     r"""
     Sizes and loss weights of the box signal.
@@ -44,11 +45,12 @@ class PerceptionGPTBoxConfig(PreTrainedConfig):
     base_config_key = "box_config"
 
     hidden_size: int = 1024
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    iou_weight: float = 1.0
+    l1_weight: float | int = 5.0
+    giou_weight: float | int = 2.0
+    iou_weight: float | int = 1.0
 
 
+@strict
 class PerceptionGPTMaskConfig(PreTrainedConfig):
     r"""
     Sizes and loss weights of the mask signal.
@@ -78,15 +80,16 @@ class PerceptionGPTMaskConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     mlp_dim: int = 1024
     attention_downsample_rate: int = 2
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float | int = 1e-6
     upscale_channels: int = 32
     encoder_channels: list[int] | tuple[int, ...] = (32, 64, 64)
     encoder_grid: int = 8
-    bce_weight: float = 2.0
-    dice_weight: float = 2.0
-    iou_weight: float = 1.0
+    bce_weight: float | int = 2.0
+    dice_weight: float | int = 2.0
+    iou_weight: float | int = 1.0
 
 
+@strict
 class PerceptionGPTConfig(PreTrainedConfig):
     r"""
     Configuration of a [`PerceptionGPTForConditionalGeneration`]. Without arguments: Vicuna-7B and CLIP ViT-L/14-336.
@@ -154,14 +157,14 @@ class PerceptionGPTConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     mixture_base_layer: int | None = None
-    position_gain: float = 1.0
+    position_gain: float | int = 1.0
     image_size: int | None = None
     image_grid: int | None = None
     mask_grid: int | None = None
     feature_size: int | None = None
     vision_stages: list[dict] | None = None
     mask_image_size: int | None = None
-    lm_loss_weight: float = 1.0
+    lm_loss_weight: float | int = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -178,6 +181,7 @@ class PerceptionGPTConfig(PreTrainedConfig):
             "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
             "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
             "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
             "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
         }
         self.custom_pipelines = {
@@ -218,6 +222,12 @@ class PerceptionGPTConfig(PreTrainedConfig):
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {value}, which this tower has.")
             setattr(self, name, value)
+
+    def validate_mixture_base_layer(self) -> None:
+        """The layer that the mixtures start from exists; how many stages a pyramid has is known once it is built."""
+        layers = len(self.vision_stages or ()) if self.is_pyramid else self.vision_config.num_hidden_layers
+        if layers and self.mixture_base_layer is not None and not 0 <= self.mixture_base_layer < layers:
+            raise ValueError(f"`mixture_base_layer` is {self.mixture_base_layer}, expected one of 0 to {layers - 1}.")
 
     @property
     def is_pyramid(self) -> bool:

@@ -155,6 +155,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         register_entry_points(self)
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            kwargs["input_ids"] = self._first_token(generation_config or self.generation_config, kwargs)
         state, kwargs = self._begin_signals(kwargs)
         output = super().generate(generation_config=generation_config, signal_state=state, **kwargs)
         cache = getattr(output, "past_key_values", None)
@@ -169,6 +171,13 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             return output
         prompt_length = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
         return self._add_objects(output, state, prompt_length)
+
+    def _first_token(self, generation_config, kwargs: dict) -> torch.Tensor:
+        """What `generate` starts from without a prompt, as in the library."""
+        bos_token_id = kwargs.get("bos_token_id", generation_config.bos_token_id)
+        if bos_token_id is None:
+            raise ValueError("`generate` got no prompt, and there is no `bos_token_id` to start from.")
+        return torch.full((1, 1), bos_token_id, dtype=torch.long, device=self.device)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
@@ -201,8 +210,6 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         for name in ("boxes_noise", "mask_image_index", "signal_image_index"):
             kwargs.pop(name, None)
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("`generate` needs `input_ids` or `inputs_embeds`.")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         device = tokens.device if self.device.type == "meta" else self.device
         ids, embeds = (None, inputs_embeds) if inputs_embeds is not None else (input_ids.to(device), None)

@@ -110,6 +110,7 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in the library, but names on disk are those of `state_dict()`, not a tower's older ones."""
@@ -254,13 +255,18 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`)
+            kwargs: for the tower, such as `output_hidden_states` and `output_attentions`.
         """
-        kwargs.pop("return_dict", None)
+        wants_states = kwargs.get("output_hidden_states")
+        if wants_states is None:
+            wants_states = self.config.vision_config.output_hidden_states
         outputs, layers = self._vision_layers(pixel_values, **kwargs)
         features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
         return PerceptionGPTImageFeatures(
             last_hidden_state=layers[-1],
             pooler_output=self.multi_modal_projector(features),
+            hidden_states=outputs.hidden_states if wants_states else None,
+            attentions=getattr(outputs, "attentions", None),
             mask_features=None if self.config.mask_image_size else self._mask_features(layers),
         )
 

@@ -82,7 +82,7 @@ class PerceptionPipeline(Pipeline):
                 for item in content:
                     if item.get("type") == "image":
                         source = next(
-                            (item[key] for key in ("image", "url", "path") if item.get(key) is not None), None
+                            (item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None), None
                         )
                         item["image"] = self.processor.load_image(source, f"image {len(sizes)}")
                         sizes.append((item["image"].height, item["image"].width))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -10,7 +10,10 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
 
+from .chat_perceptiongpt import CHAT_TEMPLATE, answer_spans, chat_form, end_answers, shape_contents
 from .configuration_perceptiongpt import (
     IMAGE_TOKEN,
     PHRASE_END_TOKEN,
@@ -42,24 +45,7 @@ SIGNAL_TYPES = ("box", "mask", "region")
 TIGHT = "tight"
 MASK_FORMATS = ("bool", "rle", "polygons", None)
 
-# For tokenizers that bring no template of their own. An answer starts right after the line break, so that the state
-# that ends a prompt is the one that predicts the `<vis>` of a direct task.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- message['role'] + ':\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] + (eos_token or '') }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'assistant:\\n' }}
-{%- endif %}
-"""
+logger = logging.get_logger(__name__)
 
 
 class PerceptionBatch(BatchFeature):
@@ -107,8 +93,14 @@ class PerceptionGPTProcessor(ProcessorMixin):
         if None in ids or tokenizer.unk_token_id in ids:
             raise ValueError(f"The tokenizer does not know all of {tokens}; call `add_perception_tokens` on it first.")
         self.image_token_id, self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id = ids
-        chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        default = template.get("default") if isinstance(template, dict) else template
+        if not chat_template and default:
+            problem = chat_form(default, tokenizer).problem
+            if problem:
+                logger.warning(f"PerceptionGPT's own chat template is used in place of the tokenizer's: {problem}.")
+                template = CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config) -> "PerceptionGPTProcessor":
@@ -125,6 +117,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         tokenizer = AutoTokenizer.from_pretrained(text, padding_side="left")
         add_perception_tokens(tokenizer)
+        if tokenizer.chat_template is None:  # checkpoints such as LLaVA's may keep it in a file of the processor
+            tokenizer.chat_template = cls.get_processor_dict(text)[0].get("chat_template")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or RESERVED_TOKENS[-1]
         try:
@@ -160,11 +154,18 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def __call__(
-        self, images=None, text=None, boxes=None, masks=None, signal_image_index=None, **kwargs
+        self,
+        images=None,
+        text=None,
+        boxes=None,
+        masks=None,
+        signal_image_index=None,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> PerceptionBatch:
         """
         Args:
-            images: the pictures, a list per text or all in reading order: PIL images, arrays, paths or URLs.
+            images: the images, a list per text or all in reading order: PIL images, arrays, paths, URLs or base64
+                strings; an array or tensor with four dimensions is a batch of them.
             text (`str` or `list[str]`): with one `<image>` where each picture and one `<vis>` where each signal stands.
             boxes (`list[list]`, *optional*): per text one entry per `<vis>`: xyxy in pixels of its original picture,
                 `"tight"` for the tight box of its mask, or `None` where it carries no box.
@@ -184,7 +185,10 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("The processor needs `text`; for pictures alone call `processor.image_processor`.")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one_text, str) for one_text in texts):
+            raise ValueError(f"`text` is {text!r:.80}; expected a string or a list of strings")
+        texts = list(texts)
         image_rows = self._load_images(images, texts)
         signals = self._signals(texts, image_rows, boxes, masks, signal_image_index)
         flat_images = [image for row in image_rows for image in row] or None
@@ -203,7 +207,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
         )
 
     def _load_images(self, images, texts: list[str]) -> list[list[Image.Image]]:
-        """The pictures of each text, upright and RGB."""
+        """The images of each text, upright and RGB."""
+        images = _split_batches(images)
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if images is None:
             rows = [[] for _ in texts]
@@ -324,7 +329,9 @@ class PerceptionGPTProcessor(ProcessorMixin):
         `{"type": "box", "box": [x0, y0, x1, y1]}`, `{"type": "mask", "mask": ..}` and
         `{"type": "region", "box": .., "mask": ..}`, in every role. A signal belongs to the last image before it unless
         it says `"image": n`. In the assistant's turns a mask without a box gets its tight box. Lists are joined to
-        one string, with nothing in between, before the template sees them. Where a template knows
+        one string, with nothing in between, before the template sees them; a template that reads lists only, such as
+        LLaVA's, gets that string as a text item, after one item for each image that opens the message. Where a
+        template writes nothing after an answer, the answer ends with the tokenizer's end token. Where a template knows
         `enable_thinking`, it is off unless asked for.
 
         Returns:
@@ -344,7 +351,12 @@ class PerceptionGPTProcessor(ProcessorMixin):
             raise ValueError("The conversation is empty; expected at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
         rows = [_flatten(sample, messages) for sample, messages in enumerate(conversations)]
-        texts = [messages for messages, _, _ in rows]
+        form = chat_form(template, self.tokenizer)
+        if form.problem:
+            logger.warning_once(f"The chat template is not fit for conversations about images: {form.problem}.")
+        end = None if form.ends_answers else self.tokenizer.eos_token
+        is_open = bool(kwargs.get("continue_final_message"))
+        texts = [shape_contents(end_answers(messages, end, is_open), form.content) for messages, _, _ in rows]
         if not tokenize:
             kwargs["add_generation_prompt"] = add_generation_prompt
             prompts = super().apply_chat_template(texts, template, **kwargs)
@@ -355,8 +367,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         for name, argument in (("box", "boxes"), ("mask", "masks"), ("image", "signal_image_index")):
             processor_kwargs[argument] = [[slot[name] for slot in slots] for _, _, slots in rows]
         wants_mask = return_assistant_tokens_mask and return_dict
-        marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        if wants_mask and not marks_answers:
+        if wants_mask and not form.marks_answers:
             processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         output = super().apply_chat_template(
             texts,
@@ -364,13 +375,13 @@ class PerceptionGPTProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=return_dict,
-            return_assistant_tokens_mask=wants_mask and marks_answers,
+            return_assistant_tokens_mask=wants_mask and form.marks_answers,
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
         if not wants_mask:
             return output
-        if not marks_answers:
+        if not form.marks_answers:
             kwargs.pop("return_tensors", None)
 
             def render(messages: list[dict], prompts_answer: bool) -> str:
@@ -379,7 +390,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
                 )
                 return rendered[0]
 
-            spans = [_answer_spans(sample, messages, render) for sample, messages in enumerate(texts)]
+            spans = [answer_spans(sample, messages, render, end) for sample, messages in enumerate(texts)]
             output = self._adjust_assistant_masks_indices(output, spans)
             output.convert_to_tensors(_tensor_type(output["input_ids"]))
         for sample, (messages, mask) in enumerate(zip(texts, output["assistant_masks"], strict=True)):
@@ -494,6 +505,19 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return text.rstrip(), phrases
 
 
+def _split_batches(images):
+    """`images` with the images of each 4-D array or tensor in place of it."""
+    if not isinstance(images, (list, tuple)):
+        return list(images) if getattr(images, "ndim", 0) == 4 else images
+    split = []
+    for image in images:
+        if getattr(image, "ndim", 0) == 4:
+            split.extend(image)
+        else:
+            split.append(_split_batches(image))
+    return split
+
+
 def _tensor_type(values) -> str | None:
     return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
 
@@ -519,7 +543,7 @@ def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[
                         )
                 pieces.append(text)
             elif kind == "image":
-                images += [item[key] for key in ("image", "url", "path") if item.get(key) is not None][:1]
+                images += [item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None][:1]
                 pieces.append(IMAGE_TOKEN)
             elif kind in SIGNAL_TYPES:
                 needed = ("box", "mask") if kind == "region" else (kind,)
@@ -538,35 +562,6 @@ def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[
                 )
         flat_messages.append({**message, "content": "".join(pieces)})
     return flat_messages, images, slots
-
-
-def _answer_spans(sample: int, messages: list[dict], render) -> list[tuple[int, int]]:
-    """
-    Where the assistant's turns stand in a rendered conversation: turn i is what `messages[: i + 1]` renders to after
-    what `messages[:i]` and the generation prompt render to.
-    """
-    full, spans = render(messages, False), []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, prompt, answered = (
-            render(messages[:turn], False),
-            render(messages[:turn], True),
-            render(messages[: turn + 1], False),
-        )
-        if not answered.startswith(prompt):
-            raise ValueError(
-                f"sample {sample}, turn {turn}: the chat template renders the answer other than after its generation "
-                f"prompt, {prompt[-60:]!r} is not how {answered[len(before) :][:80]!r} starts; mark the answers with "
-                "generation tags"
-            )
-        answer = answered[len(prompt) :]
-        # Templates such as Qwen3's write an earlier answer without what its generation prompt said of thinking.
-        start = len(prompt) if full.startswith(prompt + answer) else full.find(answer, len(before))
-        if not full.startswith(before) or start < 0:
-            raise ValueError(f"sample {sample}, turn {turn}: the chat template rewrites this turn when others follow")
-        spans.append((start, start + len(answer)))
-    return spans
 
 
 def _masks(mask_logits: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None):

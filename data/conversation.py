@@ -15,8 +15,9 @@ from perceptiongpt.data.reading import (
     picture_size,
     safe_join,
 )
-from perceptiongpt.data.schema import check_size, check_unicode, clip_box
+from perceptiongpt.data.schema import check_size, check_unicode, naming
 from perceptiongpt.data.templates import stable_generator
+from perceptiongpt.geometry_perceptiongpt import clip_box
 
 
 MARKERS = re.compile("|".join(map(re.escape, ADDED_TOKENS)))
@@ -49,6 +50,7 @@ def make_row(task: str, turns: list[Turn], columns: dict) -> dict:
         "messages": messages,
         "boxes": [box for box, _ in slots],
         "masks": [mask for _, mask in slots],
+        "points": [None] * len(slots),
         "task": task,
     }
 
@@ -134,7 +136,8 @@ def clean_text(value, what: str = "text", keep_lines: bool = False) -> str:
 
 def check_box(box_xyxy_pixels, size: tuple[int, int], what: str = "box") -> list[float]:
     """The box as floats, after the checks of `clip_box`. What overhangs by a pixel is clipped, and counted, later."""
-    clip_box(box_xyxy_pixels, *size, name=what)
+    with naming(what):
+        clip_box(box_xyxy_pixels, *reversed(size))
     return [float(value) for value in box_xyxy_pixels]
 
 

@@ -43,6 +43,7 @@ from perceptiongpt.data.prepare import (
 )
 from perceptiongpt.data.schema import describe_row, row_features
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.geometry_perceptiongpt import encode_rle
 from perceptiongpt.images_perceptiongpt import read_image
 
 
@@ -130,8 +131,7 @@ class MaskLabeller:
                 output = self.model(**features, input_boxes=prompts, multimask_output=False)
                 masks = self._to_picture(output.pred_masks[0, :, :1].float(), width, height, image.size)
                 for mask, iou in zip(masks, output.iou_scores[0, :, 0].float().tolist(), strict=True):
-                    rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
-                    results[-1].append(({"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}, iou))
+                    results[-1].append((encode_rle(mask.cpu().numpy()), iou))
         return results
 
     def _features_of(self, encoded, index: int) -> dict:

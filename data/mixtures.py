@@ -147,7 +147,8 @@ class Part:
         if group not in self._tables:
             file, index = self.groups[group]
             content = parquet.ParquetFile(file, pre_buffer=False)
-            self._tables[group] = content.read_row_group(index, list(row_features()), use_threads=False)
+            columns = [name for name in row_features() if name in content.schema_arrow.names]
+            self._tables[group] = content.read_row_group(index, columns, use_threads=False)
             if len(self._tables) > CACHED_GROUPS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(group)

@@ -35,7 +35,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, picture_size
-from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
+from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_points, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
@@ -49,6 +49,7 @@ from perceptiongpt.data.sources import (
 ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
 EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
+COUNTED = ("rows", "boxes", "masks", "points")  # per task
 UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
 CARD = """---
 configs:
@@ -256,6 +257,7 @@ class _Summary:
         self.images.add(_short_digest(f"{row['source']}/{row['image_id']}"))
         given = {"rows": 1, "boxes": len(row["boxes"]) - row["boxes"].count(None)}
         given["masks"] = len(row["masks"]) - row["masks"].count(None)
+        given["points"] = len(row["points"]) - row["points"].count(None)
         self.tasks[row["task"]] = dict(Counter(given) + Counter(self.tasks.get(row["task"], {})))
 
     def add(self, report: dict) -> None:
@@ -267,10 +269,7 @@ class _Summary:
         self.problems.update(Problems(True, counts=Counter(report["left_out"]), examples=report["examples"]))
 
     def as_dict(self, with_images: bool = False) -> dict:
-        tasks = {
-            task: {key: self.tasks[task].get(key, 0) for key in ("rows", "boxes", "masks")}
-            for task in sorted(self.tasks)
-        }
+        tasks = {task: {key: self.tasks[task].get(key, 0) for key in COUNTED} for task in sorted(self.tasks)}
         summary = {"rows": self.rows, "images": len(self.images), "clipped": self.clipped, "tasks": tasks}
         summary |= {"left_out": dict(sorted(self.problems.counts.items())), "examples": self.problems.examples}
         return {**summary, "image_digests": sorted(self.images)} if with_images else summary
@@ -372,11 +371,11 @@ def dataset_card(summary: dict) -> str:
 def print_summary(split: str, summary: dict) -> None:
     """Print what `prepare` returned."""
     print(f"{split}: {summary['rows']:,} rows about {summary['images']:,} images in {summary['shards']} shards")
-    print(f"  {'task':<20}{'rows':>12}{'boxes':>12}{'masks':>12}")
+    print(f"  {'task':<20}" + "".join(f"{key:>12}" for key in COUNTED))
     for task, counts in summary["tasks"].items():
-        print(f"  {task:<20}{counts['rows']:>12,}{counts['boxes']:>12,}{counts['masks']:>12,}")
+        print(f"  {task:<20}" + "".join(f"{counts.get(key, 0):>12,}" for key in COUNTED))
     if summary["clipped"]:
-        print(f"  {summary['clipped']:,} boxes overhung their picture by at most a pixel and were clipped")
+        print(f"  {summary['clipped']:,} boxes and points overhung their image by at most a pixel and were clipped")
     for reason, count in summary["left_out"].items():
         print(f"  left out: {count:,} x {reason}")
         examples = [example for example in summary["examples"] if example.startswith(f"{reason}: ")]
@@ -420,10 +419,11 @@ def draw_row(row: dict):
 
     Without a picture at hand they are drawn on grey.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
     from perceptiongpt.drawing import draw_objects
+    from perceptiongpt.geometry_perceptiongpt import tight_box
     from perceptiongpt.images_perceptiongpt import read_image
 
     stored = row_images(row)[0]
@@ -440,16 +440,15 @@ def draw_row(row: dict):
             first += f"[{number}]{other}"
         first = first.replace(PHRASE_START_TOKEN, "").replace(PHRASE_END_TOKEN, " ")
         lines.append(f"{'Q' if message['role'] == 'user' else 'A'}: {first}")
-    objects = [
-        {"box": box, "mask": mask, "phrase": f"[{index}]", "score": None}
-        for index, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True), 1)
-    ]
-    for found in objects:
-        if found["box"] is None:
-            from pycocotools import mask as coco_mask
-
-            x, y, width, height = coco_mask.toBbox({**found["mask"], "counts": found["mask"]["counts"].encode()})
-            found["box"] = [x, y, x + width, y + height]
+    objects = []
+    radius = max(image.size) / 100
+    for number, (box, mask, point) in enumerate(zip(row["boxes"], row["masks"], row_points(row), strict=True), 1):
+        if point is not None:
+            disc = [point[0] - radius, point[1] - radius, point[0] + radius, point[1] + radius]
+            ImageDraw.Draw(image).ellipse(disc, fill="red", outline="white")
+        if box is None:
+            box = disc if mask is None else tight_box(decode_rle(mask))
+        objects.append({"box": box, "mask": mask, "phrase": f"[{number}]", "score": None})
     return draw_objects(image, {"objects": objects}, caption=f"{row['task']} | " + " | ".join(lines))
 
 

@@ -29,6 +29,7 @@ from perceptiongpt.images_perceptiongpt import upright_size
 
 TAR_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tgz", ".txz")
 PACKED = (".zip", *TAR_SUFFIXES)
+FIRST_BYTES = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip"}  # 05 06: empty
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 CHUNK_BYTES = 1 << 20
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 2000
@@ -123,7 +124,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_file(path: str | Path, member: str = "*") -> BinaryIO:
-    """Open a file for reading bytes: plain, `.gz`, `.xz`, `.zip`, `.tar` and `.tar.*` alike.
+    """Open a file for reading bytes, plain or packed: gzip, xz and zip by content, tar by name (`.tar`, `.tar.*`).
 
     Args:
         path: the file.
@@ -137,21 +138,29 @@ def open_file(path: str | Path, member: str = "*") -> BinaryIO:
     lower = path.name.lower()
     owners = ()
     try:
-        if lower.endswith(PACKED):
+        packing = _packing(path)
+        if packing == "zip" or lower.endswith(PACKED):
             names = [name for name, _ in _members(path, member)]
             if len(names) != 1:
                 raise ValueError(f"{path}: holds {len(names)} files named {member!r}, expected one: {names[:5]}")
             members = _members(path, member)
             stream, owners = next(members)[1], (members,)
-        elif lower.endswith(".gz"):
+        elif packing == "gzip":
             stream = gzip.open(path)
-        elif lower.endswith(".xz"):
+        elif packing == "xz":
             stream = lzma.open(path)
         else:
             stream = path.open("rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
     return io.BufferedReader(_Unpacked(path, stream, *owners), CHUNK_BYTES)
+
+
+def _packing(path: Path) -> str | None:
+    """How a file is packed, by its first bytes: a value of `FIRST_BYTES`, or None."""
+    with path.open("rb") as file:
+        start = file.read(max(map(len, FIRST_BYTES)))
+    return next((packing for first, packing in FIRST_BYTES.items() if start.startswith(first)), None)
 
 
 def open_members(path: str | Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
@@ -183,7 +192,7 @@ def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
         return fnmatch(base, pattern) and not name.startswith("__MACOSX/") and not base.startswith("._")  # Finder's
 
     try:
-        if path.name.lower().endswith(".zip"):
+        if _packing(path) == "zip" or path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.infolist():
                     if not entry.is_dir() and wanted(entry.filename):

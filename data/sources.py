@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, DatasetInfo, load_dataset
+from datasets import Dataset, DatasetInfo, Features, load_dataset
+from pyarrow import nulls
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -144,10 +145,18 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
     features = row_features()
     if source == "parquet":
         files = prepared_files(**arguments)
-        several = is_list(read_schema(files[0]).field("image").type)
-        features = row_features(several)  # and no further columns, such as those of label_masks
-        dataset = load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
-        return Dataset(dataset.data, DatasetInfo(features=features))  # the cache knows a plain `datasets.Image`
+        schema = read_schema(files[0])
+        several = is_list(schema.field("image").type)
+        features = row_features(several)
+        there = {name: features[name] for name in features if name in schema.names}  # no others, such as label_masks'
+        dataset = load_dataset(
+            "parquet", data_files=files, split="train", features=Features(there), columns=list(there)
+        )
+        table = dataset.data
+        for name in set(features) - set(there):  # points, in a folder from before there were any
+            table = table.append_column(name, nulls(len(dataset), features.arrow_schema.field(name).type))
+        # Made anew, since the cache knows a plain `datasets.Image` only.
+        return Dataset(table, DatasetInfo(features=features))
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)
 

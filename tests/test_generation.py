@@ -273,9 +273,9 @@ def test_chunked_prefill_equals_one_go(model):
 def test_one_tower_pass_however_many_sequences(model, monkeypatch):
     inputs, _ = batch_and_singles()
     passes = []
-    tower = model.model._tower_layers
+    tower, forward = model.model.vision_tower, model.model.vision_tower.forward
     monkeypatch.setattr(
-        model.model, "_tower_layers", lambda pixels, **kwargs: passes.append(len(pixels)) or tower(pixels)
+        tower, "forward", lambda pixels, **kwargs: passes.append(len(pixels)) or forward(pixels, **kwargs)
     )
     run(model, inputs, num_beams=3, num_return_sequences=2)
     run(model, inputs, use_cache=False)

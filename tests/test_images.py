@@ -126,6 +126,7 @@ def test_training_rows_are_composited_on_white(transparent, tmp_path):
         "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}],
         "boxes": [],
         "masks": [],
+        "points": [],
         "task": "vqa",
         "source": "drawn",
         "image_id": "0",

@@ -25,8 +25,9 @@ from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.collator import PerceptionCollator
 from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Part, load_parts
 from perceptiongpt.data.prepare import prepare
-from perceptiongpt.data.schema import TASKS
+from perceptiongpt.data.schema import POINT_TASKS, TASKS
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.training.recipe import complete_recipe
 from processes import run_two_processes
 
 
@@ -352,7 +353,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
 
 def recipe_of(folder: str, real, **data) -> dict:
     root, mixture, _ = real
-    return training.complete_recipe(
+    return complete_recipe(
         {
             "model": {"checkpoint": folder},
             "adapter": {"mode": "full"},
@@ -396,7 +397,8 @@ def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, re
             row = part.read(*where)
             sources[row["source"]].add(row["task"])
     assert len(sources.keys() - {"scenes"}) >= 5
-    assert set.union(*(tasks for source, tasks in sources.items() if source != "scenes")) == set(TASKS)
+    usual = set(TASKS) - set(POINT_TASKS)
+    assert set.union(*(tasks for source, tasks in sources.items() if source != "scenes")) == usual
     trained = Counter()
     encode = PerceptionCollator._encode
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +406,7 @@ def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, re
             PerceptionCollator, "_encode", lambda self, row: trained.update([row["task"]]) or encode(self, row)
         )
         whole, weights = run(recipe, tmp_path / "whole")
-    assert sorted(whole) == list(range(6)) and set(trained) == set(TASKS)
+    assert sorted(whole) == list(range(6)) and set(trained) == usual
     assert "left out" in capsys.readouterr().out
     first, _ = run(recipe, tmp_path / "cut", stop_at=5)
     second, resumed = run(recipe, tmp_path / "cut", resume=True)

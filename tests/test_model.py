@@ -6,10 +6,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration
-from perceptiongpt import train as training
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
 from perceptiongpt.signals_perceptiongpt import SIGNALS
+from perceptiongpt.training.adapters import add_adapter, parameter_table
+from perceptiongpt.training.recipe import LORA_TARGETS
 from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, batch_and_singles, tiny_config, tiny_model
 
 
@@ -593,7 +594,7 @@ TEXT_SIZES = {
     "7B": {},  # the config's defaults: Vicuna-7B and CLIP ViT-L/14 at 336 pixels
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-ALL_PROJECTIONS = training.LORA_TARGETS
+ALL_PROJECTIONS = LORA_TARGETS
 
 
 def table_on_meta(size: str, mode: str, **adapter) -> dict:
@@ -602,8 +603,8 @@ def table_on_meta(size: str, mode: str, **adapter) -> dict:
         text["num_key_value_heads"] = text["num_attention_heads"]
     with torch.device("meta"):
         model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=text))
-        model = training.add_adapter(model, mode, **adapter)
-    return {part: (trainable, total) for part, trainable, total in training.parameter_table(model)}
+        model = add_adapter(model, mode, **adapter)
+    return {part: (trainable, total) for part, trainable, total in parameter_table(model)}
 
 
 @pytest.mark.parametrize("size", TEXT_SIZES)

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from transformers import pipeline as make_pipeline
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
-from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.training.trainer import TRAINING_DEFAULTS, PerceptionTrainer
 from rows import GRID_TOKENS, IMAGE, VIS, tiny_model
 
 
@@ -104,9 +104,9 @@ def make_trainer(folder: str, output, image, **arguments):
     processor = PerceptionGPTProcessor.from_pretrained(folder)
     dtype = arguments.pop("dtype", torch.float32)
     settings = {"use_cpu": True, "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
-    return training.PerceptionTrainer(
+    return PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(folder, dtype=dtype),
-        args=TrainingArguments(str(output), **{**training.TRAINING_DEFAULTS, **settings, **arguments}),
+        args=TrainingArguments(str(output), **{**TRAINING_DEFAULTS, **settings, **arguments}),
         data_collator=PerceptionCollator(processor),
         train_dataset=training_rows(image),
         processing_class=processor,

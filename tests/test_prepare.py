@@ -77,8 +77,8 @@ def test_shards_hold_the_rows(source, tmp_path):
     stored = parquet.read_table(output / "testA-00000-of-00001.parquet")["image"][0].as_py()
     assert stored["bytes"] == Path(source[0]["image"]["path"]).read_bytes() and stored["path"] == "0.png"
     assert (summary["rows"], summary["images"], summary["shards"], summary["clipped"]) == (20, 4, 4, 0)
-    assert summary["tasks"]["refer"] == {"rows": 12, "boxes": 8, "masks": 8}
-    assert summary["tasks"]["dialogue"] == {"rows": 4, "boxes": 16, "masks": 12}
+    assert summary["tasks"]["refer"] == {"rows": 12, "boxes": 8, "masks": 8, "points": 0}
+    assert summary["tasks"]["dialogue"] == {"rows": 4, "boxes": 16, "masks": 12, "points": 0}
     assert read_summary(output)["train"] == summary
 
 

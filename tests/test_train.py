@@ -14,14 +14,22 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
-from drawn_rows import drawn_rows
+from drawn_rows import drawn_coco_folder, drawn_rows
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
+from perceptiongpt.data.schema import decode_rle
+from perceptiongpt.training.adapters import own_modules, parameter_table
+from perceptiongpt.training.answers import mean_scores, score_answer
+from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe
+from perceptiongpt.training.trainer import TRAINING_DEFAULTS
 from processes import free_port, run_two_processes
+
+
+LOSS_TERMS = ("loss_lm", "loss_box", "loss_mask", "loss_iou")
 
 
 class KeepGradients(TrainerCallback):
@@ -43,14 +51,14 @@ def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, 
     arguments = {"use_cpu": True, "max_grad_norm": 0.0, "seed": 3, "disable_tqdm": True, **arguments}
     trainer = training.PerceptionTrainer(
         model=training.add_adapter(model, "full", train_vision_tower=True),
-        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, **arguments}),
+        args=TrainingArguments(output, **{**TRAINING_DEFAULTS, **arguments}),
         data_collator=PerceptionCollator(processor),
         train_dataset=drawn_rows(4) if rows is None else rows,
         processing_class=processor,
         callbacks=[keep],
     )
     trainer.train()
-    losses = {key: trainer.state.log_history[0][key] for key in ("loss", *training.LOSS_TERMS)}
+    losses = {key: trainer.state.log_history[0][key] for key in ("loss", *LOSS_TERMS)}
     return losses, keep.gradients
 
 
@@ -103,11 +111,11 @@ def evaluate(folder: str, output: str, **arguments) -> dict:
     rows = drawn_rows(2)
     trainer = training.PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(folder),
-        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
+        args=TrainingArguments(output, **{**TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
         data_collator=PerceptionCollator(processor),
         eval_dataset=rows,
         processing_class=processor,
-        generation_rows=[row for row in rows if row["task"] != "dialogue" and row["masks"] != [None]],
+        generation_rows=[row for row in rows if row["task"] != "dialogue"],
         generate_batch_size=2,
         generate_tokens=3,
     )
@@ -118,9 +126,9 @@ def evaluate(folder: str, output: str, **arguments) -> dict:
 
 def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
     one, three = (evaluate(tiny_model_dir, str(tmp_path), per_device_eval_batch_size=size) for size in (1, 3))
-    assert {f"eval_{name}" for name in ("loss", *training.LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
+    assert {f"eval_{name}" for name in ("loss", *LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
     assert one == pytest.approx(three, abs=1e-5)
-    assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in training.LOSS_TERMS))
+    assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in LOSS_TERMS))
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -128,32 +136,12 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory):
-    """A COCO folder of drawn pictures: 3 pictures, 3 objects each of 2 categories."""
-    folder = tmp_path_factory.mktemp("coco")
-    images, annotations = [], []
-    for picture, row in enumerate(drawn_rows(3)[3::5]):
-        row["image"].save(folder / f"{picture}.png")
-        images.append({"id": picture, "file_name": f"{picture}.png", "width": row["width"], "height": row["height"]})
-        for index, (x0, y0, x1, y1) in enumerate(row["boxes"][1:]):
-            annotations.append(
-                {
-                    "id": len(annotations),
-                    "image_id": picture,
-                    "category_id": index % 2,
-                    "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-                }
-            )
-    categories = [{"id": index, "name": name} for index, name in enumerate(("bar", "block", "ball"))]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content))
-    return folder
+    return drawn_coco_folder(tmp_path_factory.mktemp("coco"))
 
 
 def make_recipe(coco_folder: Path, model: dict, mode: str = "lora", **arguments) -> dict:
     source = {"annotations": str(coco_folder / "instances.json"), "images": str(coco_folder)}
-    return training.complete_recipe(
+    return complete_recipe(
         {
             "model": model,
             "adapter": {"mode": mode, "rank": 4},
@@ -239,10 +227,10 @@ def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family
     assert not any("vision_tower" in name for name in moved)
     projections = [name for name in moved if ".language_model.layers." in name]
     if mode == "lora":
-        assert {name.split(".")[-2] for name in projections} == set(training.LORA_TARGETS)
+        assert {name.split(".")[-2] for name in projections} == set(LORA_TARGETS)
     else:
         assert not projections
-    assert set(training.own_modules(model)) <= parts
+    assert set(own_modules(model)) <= parts
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert (tmp_path / "run/losses.png").exists() and Image.open(tmp_path / "run/losses.png").width > 500
     inputs = PerceptionCollator(processor)(drawn_rows(1))
@@ -326,7 +314,7 @@ def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):
     groups = group_rows_by_image(rows, 5)
     processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
     model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
-    args = TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True)
+    args = TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True)
     counts = []
     for batch in (
         PerceptionCollator(processor, model.config, pack=5)([groups[0], groups[1]]),
@@ -344,13 +332,13 @@ def test_coordinates_stay_float32_where_inputs_are_cast(tiny_model_dir, tmp_path
     processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
     trainer = training.PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir),
-        args=TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True),
+        args=TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True),
         data_collator=PerceptionCollator(processor),
         processing_class=processor,
     )
     batch = PerceptionCollator(processor)(drawn_rows(1))
     cast = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
-    monkeypatch.setattr(training.Trainer, "_prepare_inputs", lambda self, inputs: dict(cast))  # as under DeepSpeed
+    monkeypatch.setattr(Trainer, "_prepare_inputs", lambda self, inputs: dict(cast))  # as under DeepSpeed
     prepared = trainer._prepare_inputs(batch)
     assert prepared["pixel_values"].dtype == torch.bfloat16
     assert torch.equal(prepared["boxes"], batch["boxes"]) and torch.equal(prepared["boxes_noise"], batch["boxes_noise"])
@@ -363,7 +351,7 @@ def test_parameter_table_counts_what_is_trained(tiny_model):
     model, _ = tiny_model
     size = sum(parameter.numel() for parameter in model.parameters())
     adapted = training.add_adapter(model, "lora", rank=4)
-    table = {part: (trainable, total) for part, trainable, total in training.parameter_table(adapted)}
+    table = {part: (trainable, total) for part, trainable, total in parameter_table(adapted)}
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert table["all"] == (trainable, size + table["language_model (LoRA)"][1] + table["rows of added tokens"][1])
     assert table["language_model"][0] == table["vision_tower"][0] == table["lm_head"][0] == 0
@@ -377,25 +365,30 @@ def test_parameter_table_counts_what_is_trained(tiny_model):
 def test_shares_of_trainable_parameters_at_vicuna_shapes(layers, hidden, mlp, heads):
     text = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
     text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064}
-    for targets, limit in ((training.LORA_TARGETS, 0.029), (("q_proj", "v_proj"), 0.015)):
+    for targets, limit in ((LORA_TARGETS, 0.029), (("q_proj", "v_proj"), 0.015)):
         with torch.device("meta"):
             model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=dict(text)))
             model = training.add_adapter(model, "lora", rank=32, target_modules=targets)
-        _, trainable, total = training.parameter_table(model)[-1]
+        _, trainable, total = parameter_table(model)[-1]
         assert 0 < trainable / total <= limit
 
 
 def test_scores_of_answers():
-    refer, *_, no_target = drawn_rows(1)
-    mask = training.decode_rle(refer["masks"][0]).astype(bool)
+    refer, box_only, mask_only, _, no_target = drawn_rows(1)
+    mask = decode_rle(refer["masks"][0]).astype(bool)
     right = {"objects": [{"box": refer["boxes"][0], "mask": mask}]}
-    assert training.score_answer(refer, right) == [1, 1, 1, 1, 1, 1]
-    assert training.score_answer(refer, {"objects": []}) == [1, 0, 1, 0, 0, 0]
+    assert score_answer(refer, right) == [1, 1, 1, 1, 1, 1, 1]
+    assert score_answer(refer, {"objects": []}) == [1, 0, 1, 0, 0, 1, 0]
     x0, y0, x1, y1 = refer["boxes"][0]
     half = {"objects": [{"box": [x0, y0, (x0 + x1) / 2, y1], "mask": ~mask}] * 2}
-    assert training.score_answer(refer, half) == [1, 0, 1, 1, 0, 0]
-    assert training.score_answer(no_target, {"objects": []}) == [1, 1, 0, 0, 0, 0]
-    assert training.score_answer(no_target, right) == [1, 0, 0, 0, 0, 0]
+    assert score_answer(refer, half) == [1, 0, 1, 1, 0, 1, 0]
+    # A row whose answer has no mask, or no box, says nothing about masks, or boxes.
+    assert score_answer(box_only, {"objects": [{"box": box_only["boxes"][0], "mask": mask}]}) == [1, 1, 1, 1, 1, 0, 0]
+    mask = decode_rle(mask_only["masks"][0]).astype(bool)
+    assert score_answer(mask_only, {"objects": [{"box": [0, 0, 1, 1], "mask": mask}]}) == [1, 1, 0, 0, 0, 1, 1]
+    assert score_answer(no_target, {"objects": []}) == [1, 1, 0, 0, 0, 0, 0]
+    assert score_answer(no_target, right) == [1, 0, 0, 0, 0, 0, 0]
+    assert mean_scores([4, 3, 2, 2, 1, 0, 0]) == {"emission": 0.75, "acc@0.5": 1, "acc@0.75": 0.5}
 
 
 def test_recipe_overrides_and_numbers(tmp_path):
@@ -462,7 +455,7 @@ def test_outputs_that_cannot_be_used(tiny_model_dir, coco_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to"):
         training.train(recipe, tmp_path / "file" / "run")
-    with pytest.raises(ValueError, match="no checkpoint-"):
+    with pytest.raises(ValueError, match="no complete checkpoint-"):
         training.train(recipe, tmp_path / "new", resume=True)
     (tmp_path / "used/checkpoint-5").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds a checkpoint already; give --resume"):

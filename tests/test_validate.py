@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt import reporting, scoring, validate
-from perceptiongpt.predict import InputError
+from perceptiongpt.inference import InputError
 
 
 WORDS = ("the dog", "every left red cup", "a person", "the zebra on the left")

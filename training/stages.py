@@ -22,7 +22,7 @@ A kind is a line in `training.recipe.KINDS`, name -> module. The module has
         processor: its processor.
         output (Path): the stage's folder; it exists.
         resume (str or None): the last `checkpoint-*` in it, where there is one: go on from there.
-        Returns the `Trainer` that ran.
+        Returns the `Trainer` that ran, if there is one.
 
 `run_stage` is called in every process. It makes its `TrainingArguments` by `trainer.training_arguments(recipe,
 output)`, keeps `checkpoint-*` in `output` as the library's Trainer does, and before it returns leaves there the plain
@@ -43,9 +43,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from perceptiongpt.training.curves import plot_losses
+from perceptiongpt.training.datasets import stream_file
 from perceptiongpt.training.recipe import KINDS, stage_recipes
 
 
@@ -89,21 +88,20 @@ def plan_stages(recipe: dict, output: Path, resume: bool) -> list[Stage]:
     """
     check_writable(output)
     if recipe.get("stages") is None:
-        checkpoint = get_last_checkpoint(output)
-        if resume and checkpoint is None:
-            raise ValueError(f"--resume: there is no checkpoint-* in {output}")
         check_unused(output, resume)
+        checkpoint = last_checkpoint(output, recipe)
+        if resume and checkpoint is None:
+            raise ValueError(f"--resume: there is no complete checkpoint-* in {output}")
         return [Stage(None, "joint", recipe, output, checkpoint)]
     finished = json.loads((output / FINISHED).read_text()) if (output / FINISHED).is_file() else []
     stages = []
     for name, kind, own in stage_recipes(recipe, output):
         folder = output / name
         check_unused(folder, resume)
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        stages.append(Stage(name, kind, own, folder, checkpoint, name in finished))
+        stages.append(Stage(name, kind, own, folder, last_checkpoint(folder, own), name in finished))
     check_unused(output, resume)
     if resume and not any(stage.is_finished or stage.checkpoint for stage in stages):
-        raise ValueError(f"--resume: no stage in {output} is finished or has a checkpoint-*")
+        raise ValueError(f"--resume: no stage in {output} is finished or has a complete checkpoint-*")
     return stages
 
 
@@ -119,8 +117,24 @@ def check_writable(output: Path) -> None:
 
 def check_unused(output: Path, resume: bool) -> None:
     """`ValueError` if a new run would write over a checkpoint or a model."""
-    if not resume and output.is_dir() and (get_last_checkpoint(output) or (output / "config.json").exists()):
+    if not resume and (any(output.glob("checkpoint-*")) or (output / "config.json").exists()):
         raise ValueError(f"--output {output}: holds a checkpoint already; give --resume or another folder")
+
+
+def last_checkpoint(output: Path, recipe: dict) -> str | None:
+    """The last complete checkpoint in a folder: a run may have been stopped while it wrote one."""
+    needed = [STATE]
+    if isinstance(recipe["data"]["train"], dict):  # a mixture
+        needed.append(stream_file("", 0).name)
+    numbered = [(int(path.name.split("-")[1]), path) for path in output.glob("checkpoint-[0-9]*")]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            for name in needed:
+                json.loads((path / name).read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            continue  # the one before it is whole
+    return None
 
 
 def finish_stage(stages: list[Stage], stage: Stage, output: Path) -> None:

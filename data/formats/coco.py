@@ -1,11 +1,12 @@
 """COCO instances (a json and a folder of pictures) as rows of the schema.
 
 Tasks: `refer` ("the dog", or "the second cup from the left" where the category occurs several times), `detect` (every
-instance of a category), `no_target` (a category that is not in the picture) and `box_to_mask`.
+instance of a category), `no_target` (a category that is not in the image), `box_to_mask`; and, where they are asked
+for, `point` and `point_all` (as `refer` and `detect`, with the point to point at) and `point_to_mask` (a click).
 
-Crowd regions are never targets, and a category with one in a picture makes no row about that picture: neither "the
-dog" nor "every dog" nor "there is no dog" can be said of it. The same holds for an instance without area, which
-real files contain.
+Crowd regions are never targets. Where a category has one in an image, neither "the dog" nor "every dog" nor "there is
+no dog" can be said of that image; its other instances still make rows of `box_to_mask` and `point_to_mask`. The same
+holds for an instance without area, which real files contain.
 """
 
 import marshal
@@ -19,11 +20,12 @@ from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
 from perceptiongpt.data.reading import MissingPicture, Problems, open_file, picture_size, safe_join, stream_json_array
-from perceptiongpt.data.schema import check_size, clip_box, rle_runs, row_features
+from perceptiongpt.data.schema import POINT_TASKS, check_size, decode_rle, naming, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
+from perceptiongpt.geometry_perceptiongpt import clip_box, deepest_pixel, interior_point, rle_runs
 
 
-COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask")
+COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask", *POINT_TASKS)
 ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
 POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the picture's side on
 SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
@@ -284,7 +286,8 @@ def read_annotation(annotation: dict, record: dict, annotations: str | Path) -> 
     x, y, width, height = bbox
     if (width == 0 or height == 0) or mask is None:
         return None
-    box, _ = clip_box([x, y, x + width, y + height], record["width"], record["height"], name)
+    with naming(name):
+        box = clip_box([x, y, x + width, y + height], record["height"], record["width"])
     return {"box": box, "mask": mask}
 
 
@@ -308,7 +311,8 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and segmentation.get("size") in ([height, width], (height, width)):
         counts = segmentation.get("counts")
-        runs = rle_runs(counts, name) if isinstance(counts, str) else counts
+        with naming(name):
+            runs = rle_runs(counts) if isinstance(counts, str) else counts
         is_runs = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
         if not is_runs or sum(runs) != height * width:
             raise ValueError(f"{name}: the RLE's run lengths do not sum up to {height} x {width}")
@@ -323,27 +327,26 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
 def instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
     square = max(record["width"], record["height"]) ** 2
 
-    def make(task: str, prompt_task: str, phrase: str, objects: list[dict], answer: str, key, prompt_box=None) -> dict:
+    def make(task: str, prompt_task: str, phrase: str, slots: list[dict], answer: str, key) -> dict:
         generator = None if evaluation else stable_generator(seed, record["id"], task, key)
         prompt = render_prompt(prompt_task, phrase, generator)
-        slots = ([{"box": prompt_box, "mask": None}] if prompt_box else []) + objects
         return {
             "messages": [
                 {"role": "user", "content": IMAGE_TOKEN + prompt},
                 {"role": "assistant", "content": answer},
             ],
-            "boxes": [slot["box"] for slot in slots],
-            "masks": [slot["mask"] for slot in slots],
+            "boxes": [slot.get("box") for slot in slots],
+            "masks": [slot.get("mask") for slot in slots],
+            "points": [slot.get("point") for slot in slots],
             "task": task,
         }
 
-    for category_id, objects in groups.items():
-        if any(instance is None for instance in objects):
-            continue
+    for category_id, group in groups.items():
         name = categories[category_id]
-        objects = sorted(objects, key=lambda instance: instance["box"][:2])
+        is_whole = None not in group
+        objects = sorted((one for one in group if one is not None), key=lambda instance: instance["box"][:2])
         large = [box_area(instance["box"]) >= min_area_share * square for instance in objects]
-        if "refer" in tasks:
+        if "refer" in tasks and is_whole:
             expressions = refer_expressions(
                 name, [instance["box"] for instance in objects], record["width"], record["height"]
             )
@@ -355,10 +358,27 @@ def instance_rows(groups, categories, record, tasks, min_area_share, seed, evalu
         if "box_to_mask" in tasks:
             for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
                 if is_large:
-                    key = (category_id, i)
-                    yield make("box_to_mask", "box_to_mask", "", [instance], VIS_TOKEN, key, instance["box"])
-        if "detect" in tasks and all(large):
+                    slots = [{"box": instance["box"]}, instance]
+                    yield make("box_to_mask", "box_to_mask", "", slots, VIS_TOKEN, (category_id, i))
+        if "detect" in tasks and is_whole and all(large):
             yield make("detect", "detect", name, objects, VIS_TOKEN * len(objects), category_id)
+        if "point" in tasks and is_whole:
+            boxes = [instance["box"] for instance in objects]
+            expressions = refer_expressions(name, boxes, record["width"], record["height"])
+            for i, (instance, is_large, options) in enumerate(zip(objects, large, expressions, strict=True)):
+                if is_large and options:
+                    draw = stable_generator(seed, record["id"], "point expression", category_id, i)
+                    phrase = options[draw.integers(len(options))]
+                    yield make("point", "point", phrase, [with_point(instance)], VIS_TOKEN, (category_id, i))
+        if "point_all" in tasks and is_whole and all(large):
+            slots = [with_point(instance) for instance in objects]
+            yield make("point_all", "point_all", name, slots, VIS_TOKEN * len(objects), category_id)
+        if "point_to_mask" in tasks:
+            for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
+                if is_large:
+                    draw = stable_generator(seed, record["id"], "click", category_id, i)
+                    slots = [{"point": interior_point(decode_rle(instance["mask"]), draw)}, instance]
+                    yield make("point_to_mask", "point_to_mask", "", slots, VIS_TOKEN, (category_id, i))
 
     absent = sorted(category_id for category_id in categories if category_id not in groups)
     if "no_target" in tasks and absent:
@@ -367,6 +387,11 @@ def instance_rows(groups, categories, record, tasks, min_area_share, seed, evalu
         prompt_task = "refer" if draw.integers(2) else "detect"
         phrase = f"the {name}" if prompt_task == "refer" else name
         yield make("no_target", prompt_task, phrase, [], f"There is no {name}.", "absent")
+
+
+def with_point(instance: dict) -> dict:
+    """An instance {box, mask} with the point that one would point at."""
+    return {**instance, "point": deepest_pixel(decode_rle(instance["mask"]))}
 
 
 def box_area(box_xyxy: list[float]) -> float:

@@ -13,7 +13,7 @@ from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, 
 from perceptiongpt.data.formats.refer import find_split, read_phrase
 from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
 from perceptiongpt.data.templates import render_prompt, render_turn
-from perceptiongpt.geometry_perceptiongpt import OVERHANG
+from perceptiongpt.geometry_perceptiongpt import OVERHANG, encode_rle, tight_box
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG")
@@ -128,9 +128,7 @@ def _file_rows(
     problems.leave_out("flag shape", labels.count("flag"))
     if not target.any():
         raise ValueError(f"no pixel is target; the shapes are {labels}")
-    mask = _to_rle(target)
-    x, y, w, h = coco_mask.toBbox(mask).tolist()
-    slot = ([x, y, x + w, y + h], mask)
+    slot = (tight_box(target), encode_rle(target))
     for number, text in enumerate([texts] if isinstance(texts, str) else texts):
         generator = draw("reasoning", name, number)
         if is_sentence:
@@ -141,7 +139,7 @@ def _file_rows(
             prompt = render_prompt("refer", read_phrase(text), generator)
             answer = render_turn("reasoning", "", VIS_TOKEN, generator)[1]
         row = make_row("reasoning", [Turn(prompt, answer, [slot])], columns)
-        yield row | {"ignore": _to_rle(ignore) if ignore.any() else None} if draw.evaluation else row
+        yield row | {"ignore": encode_rle(ignore) if ignore.any() else None} if draw.evaluation else row
 
 
 def _parse(content: bytes) -> dict:
@@ -164,11 +162,6 @@ def _columns(record: dict, folder: Path, name: str, images: str | Path | bool | 
         there = [candidate for candidate in names if (folder / candidate).is_file()]
         size = picture_size(find_image(folder, there[0])) if there else None
     return Pictures(images, folder).columns(*names, size=size)
-
-
-def _to_rle(mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
 
 
 def _files(root: Path, split: str, annotations) -> Iterator[tuple[str, Path, str, bytes]]:
