@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_res
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from perceptiongpt.publishing.stage import EVALUATION_FOLDER, PublishError, checkpoint_hash, read_json
+from perceptiongpt.inference import checkpoint_hash
+from perceptiongpt.publishing.stage import EVALUATION_FOLDER, PublishError, read_json
 
 
 PIPELINE_TAG = "image-text-to-text"

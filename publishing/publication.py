@@ -217,23 +217,26 @@ def base_publication(publication: Publication, base_repo: str) -> Publication:
     )
 
 
-def publish_run(folder: str | Path, training: dict, log: Callable[[str], None] = print) -> str:
-    """Publish what a finished training run left, as its recipe's `training` section says.
+def run_publication(folder: str | Path, training: dict) -> Publication:
+    """How a training run is to be published, by the arguments of `transformers.TrainingArguments` in its recipe.
+
+    Checks the token and the name: call it before the training, which may take days.
 
     Args:
-        folder: the output of the run.
-        training: arguments of `transformers.TrainingArguments`: `hub_model_id`, `hub_private_repo`, `hub_token`.
+        folder: the output of the run; its name is the repository's where `hub_model_id` is not given.
+        training: the recipe's section, with `push_to_hub`, `hub_model_id` and `hub_private_repo`.
 
-    Returns:
-        The commit's id.
+    Raises:
+        PublishError: there is no right to publish there, or the section has settings that are not supported.
     """
-    folder = Path(folder)
-    publication = Publication(
-        repo_id=training.get("hub_model_id") or folder.resolve().name,
-        private=training.get("hub_private_repo"),
-        token=training.get("hub_token"),
-    )
-    return publish(folder, publication, log)
+    if training.get("hub_token"):
+        raise PublishError("training.hub_token: recipes are kept in outputs; log in, or set HF_TOKEN")
+    if training.get("hub_strategy", "end") != "end":
+        raise PublishError("training.hub_strategy: a run is published when it is finished, which is the strategy `end`")
+    if training.get("hub_revision", "main") != "main":
+        raise PublishError("training.hub_revision: a run is published to main; publish.py --tag names a revision")
+    name = training.get("hub_model_id") or Path(folder).resolve().name
+    return Publication(find_target(name).repo_id, private=training.get("hub_private_repo"))
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The stage: a folder with exactly the files that a model repository on the Hub needs, and no others."""
 
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from perceptiongpt.inference import InputError
 
 
 MODEL_TYPE = "perceptiongpt"
@@ -56,8 +57,8 @@ REASONS_LEFT_OUT = {
 }
 
 
-class PublishError(ValueError):
-    """Something that the user of `publish.py` can correct; the message is one line."""
+class PublishError(InputError):
+    """Something that keeps a checkpoint from being published; the message is one line and says what to do."""
 
 
 @dataclass
@@ -248,13 +249,3 @@ def fill_stage(source: Path, folder: str | Path, files: list[Path]) -> Stage:
 def reason_left_out(name: str) -> str:
     matches = [reason for pattern, reason in REASONS_LEFT_OUT.items() if fnmatch.fnmatch(name, pattern)]
     return matches[0] if matches else "not part of a model repository"
-
-
-def checkpoint_hash(source: str | Path) -> str:
-    """The SHA-256 over config and weights by which `validate.py` names what it measured."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*")):
-        if path.name == "config.json" or path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
