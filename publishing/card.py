@@ -98,6 +98,8 @@ def read_evaluation(folder: str | Path, model: str | Path, repo_id: str) -> Eval
         raise PublishError(f"{folder}/model_index.yaml cannot be read as a model-index: {error!r}") from error
     for result in results:
         result.dataset_type = result.dataset_type.removeprefix(LOCAL_DATASET)
+        if result.metric_args and "command" in result.metric_args:
+            result.metric_args["command"] = without_absolute_paths(result.metric_args["command"])
     return Evaluation(folder, summary, results)
 
 
@@ -169,6 +171,11 @@ def without_paths(value):
     if isinstance(value, str) and ("/" in value or "\\" in value) and not is_hub_id(value) and "://" not in value:
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
+
+
+def without_absolute_paths(text: str) -> str:
+    """A command or a note for the public: of absolute paths only the last part."""
+    return re.sub(r"(?<![\w.:/~])~?/(?:[^\s/;,'\"]+/)*([^\s/;,'\"]+)/?", r"\1", text)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -352,8 +359,8 @@ def results_section(evaluations: Sequence[Evaluation]) -> list[str]:
     decoding = sorted({str(evaluation.summary["decoding"]) for evaluation in evaluations})
     lines += ["", f"Answers: {'; '.join(decoding)}, compared in pixels of the original image."]
     notes = [f"{one.name}: {one.summary['note']}" for one in evaluations if one.summary.get("note")]
-    commands = [f"`{one.summary['command']}`" for one in evaluations if one.summary.get("command")]
-    return lines + [f"- {line}" for line in (*notes, *(f"measured by {command}" for command in commands))]
+    commands = [without_absolute_paths(one.summary["command"]) for one in evaluations if one.summary.get("command")]
+    return lines + [f"- {line}" for line in (*notes, *(f"measured by `{command}`" for command in commands))]
 
 
 def not_measured_section(evaluations: Sequence[Evaluation]) -> list[str]:

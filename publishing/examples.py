@@ -109,7 +109,7 @@ def draw_answers(examples: list[dict], results: list[dict], stage: Stage) -> str
     drawn = []
     for example, result in zip(examples, results, strict=True):
         with Image.open(example["image"]) as image:
-            caption = f"{example['text']} -> {result['text'] or '(the mark alone)'}"
+            caption = f"{example['text']} -> {result['text'] or '(no words)'}"
             drawn.append(draw_objects(image.convert("RGB"), result, caption=caption))
     path = f"{IMAGE_FOLDER}/answers.jpg"
     contact_sheet(drawn, min(SHEET_COLUMNS, len(drawn)), stage.folder / path)

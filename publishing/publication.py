@@ -17,6 +17,7 @@ from perceptiongpt.publishing.card import (
     eval_result_files,
     images_in_card,
     read_evaluation,
+    without_absolute_paths,
     write_card,
 )
 from perceptiongpt.publishing.examples import answer_in_fresh_process, draw_answers, image_examples, scene_examples
@@ -305,7 +306,10 @@ def add_evaluations(stage: Stage, evaluations: Sequence[Evaluation]) -> None:
     """Stage the `.eval_results` that the Hub can use."""
     files, left_out = eval_result_files([evaluation.folder for evaluation in evaluations])
     for path in files:
-        link_or_copy(path, stage.folder / EVALUATION_FOLDER / path.name)
+        target = stage.folder / EVALUATION_FOLDER / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)  # the checkpoint's folder may have had one of this name
+        target.write_text(without_absolute_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
     stage.left_out |= left_out
 
 
