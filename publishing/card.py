@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_res
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from perceptiongpt.inference import checkpoint_hash
 from perceptiongpt.publishing.stage import EVALUATION_FOLDER, PublishError, read_json
 
 
@@ -77,6 +76,8 @@ def read_evaluation(folder: str | Path, model: str | Path, repo_id: str) -> Eval
     Raises:
         PublishError: files are missing or unreadable, or another model was measured.
     """
+    from perceptiongpt.inference import checkpoint_hash
+
     folder = Path(folder)
     for name in ("summary.json", "model_index.yaml"):
         if not (folder / name).is_file():

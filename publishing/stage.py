@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
-
-from perceptiongpt.inference import InputError
 
 
 MODEL_TYPE = "perceptiongpt"
@@ -57,7 +54,7 @@ REASONS_LEFT_OUT = {
 }
 
 
-class PublishError(InputError):
+class PublishError(ValueError):
     """Something that keeps a checkpoint from being published; the message is one line and says what to do."""
 
 
@@ -182,6 +179,8 @@ def code_files(source: Path, *configs: dict) -> list[Path]:
     Raises:
         PublishError: one of them is missing.
     """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
     named = {target for config in configs for target in config.get("auto_map", {}).values()}
     named |= {pipeline["impl"] for config in configs for pipeline in config.get("custom_pipelines", {}).values()}
     found = set()

@@ -90,9 +90,7 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False) -
             api.auth_check(repo_id, write=True)
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403, 404):
-                raise PublishError(
-                    f"the name is taken: {repo_id} exists and {user} has no write access to it"
-                ) from error
+                raise PublishError(f"the name is taken: {repo_id} exists, and {user} may not write to it") from error
             raise
         if not replace:
             check_content(api, repo_id, {sibling.rfilename for sibling in info.siblings or []})

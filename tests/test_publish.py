@@ -170,7 +170,6 @@ def test_one_commit_with_a_tag(hub, upload, stage_folder):
 
 
 def test_what_an_earlier_publication_left_goes_and_foreign_files_stay(hub, upload, stage_folder):
-    upload(stage_folder, "one's own name", "token-ann")
     upload(stage_folder, "own")
     (stage_folder / "notes.txt").write_text("mine")
     upload(stage_folder, "own")
@@ -236,27 +235,27 @@ def test_replacing_another_model_when_told_so(hub, upload, stage_folder):
     ("fault", "message"),
     [
         (
-            Fault("POST /api/repos/create", 409, "You already created this model repo"),
+            Fault("POST /api/repos/create", 409, "You already created it"),
             "the name is taken: .*cannot read",
         ),
         (Fault("POST /api/repos/create", 403, "no rights"), "ann has no right to create .*no rights"),
         (Fault("POST .*/preupload/", 401, "expired"), "the access token was refused .expired.* Nothing was published"),
         (
             Fault("POST .*/objects/batch", 403, "storage is full"),
-            "no right to write .*storage is full.*main is as it was",
+            "no right to write .*storage is full.*main is as",
         ),
         (Fault("POST .*/commit/", 412, "A commit has happened since"), "changed by another upload meanwhile"),
         (Fault("POST .*/commit/", 403, "no write access"), "no right to write .*Nothing was published"),
         (
             Fault("POST .*/commit/", after_bytes=200),
-            "connection to .* was lost .*either all files or none.*same command",
+            "connection .* was lost .*all files or none.*same command",
         ),
         (Fault("POST .*/tag/", 403, "tags are protected"), "main is published as .*; the tag is missing"),
         (Fault("GET /api/whoami"), "connection to .* was lost"),
     ],
 )
-def test_refused_or_cut_off_on_the_way(hub, upload, stage_folder, request, fault, message):
-    repo = f"ann/way-{abs(hash(message)) % 10**8}"
+def test_refused_or_cut_off_on_the_way(hub, upload, stage_folder, tmp_path, fault, message):
+    repo = f"ann/{tmp_path.name}"
     hub.faults.append(fault)
     answer = upload(stage_folder, repo, tag="v1")
     assert fault.times == 0 and re.search(message, answer["error"]) and "\n" not in answer["error"]
@@ -311,9 +310,7 @@ def checkpoint_sha(path: Path) -> str:
 def test_a_network_that_stays_away(hub, upload, stage_folder):
     hub.faults.append(Fault("PUT /lfs/", after_bytes=100, times=100))
     answer = upload(stage_folder, "ann/away")
-    assert re.search(
-        "connection to .* was lost .* Nothing was published: main is as it was. Give the same", answer["error"]
-    )
+    assert re.search("connection .* was lost .* Nothing was published: main is as it was. Give", answer["error"])
     assert published(hub, "ann/away") == {}
     hub.faults.clear()
     assert "commit" in upload(stage_folder, "ann/away") and published(hub, "ann/away") == contents(stage_folder)
@@ -667,9 +664,7 @@ def test_the_hash_counts_what_is_fresh_and_stays(adapter_output):
 def test_adapters_whose_base_nobody_could_find(adapter_output, tmp_path):
     recipe = yaml.safe_load((adapter_output / "recipe.yaml").read_text())
     base = adapters.base_of_recipe(recipe)
-    with pytest.raises(
-        PublishError, match="trained on vision .*, a local folder that nobody else has: give --base_repo"
-    ):
+    with pytest.raises(PublishError, match="on vision .*, a local folder that nobody else has: give --base_repo"):
         adapters.pin_revisions(base)
     with pytest.raises(PublishError, match="the run had stages"):
         adapters.base_of_recipe(recipe | {"stages": {"a": {}}})
