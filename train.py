@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 
 from perceptiongpt.data.collator import PerceptionCollator
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
         train(recipe, options.output, options.resume)
         PartialState().destroy_process_group()  # of several processes: or its threads may outlive the interpreter
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:  # the latter from a value in model.config
         sys.exit(f"error: {error}")
 
 
