@@ -1,9 +1,12 @@
 """Configuration of PerceptionGPT, and the special tokens that every part of the package agrees on."""
 
-import math
-
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
+
+from .signal_box_perceptiongpt import PerceptionGPTBoxConfig
+from .signal_mask_perceptiongpt import PerceptionGPTMaskConfig
+from .signal_point_perceptiongpt import PerceptionGPTPointConfig
+from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals
 
 
 IMAGE_TOKEN = "<image>"
@@ -30,73 +33,18 @@ def add_perception_tokens(tokenizer) -> int:
 
 
 @strict
-class PerceptionGPTBoxConfig(PreTrainedConfig):
-    r"""
-    Sizes and loss weights of the box signal.
-
-    Args:
-        hidden_size (`int`, defaults to 1024): width of the two hidden layers of the box encoder and decoder.
-        l1_weight (`float`, defaults to 5.0): weight of the L1 term, summed over the four coordinates.
-        giou_weight (`float`, defaults to 2.0): weight of the GIoU term.
-        iou_weight (`float`, defaults to 1.0): weight of the squared error of the predicted IoU.
-    """
-
-    model_type = "perceptiongpt_box"
-    base_config_key = "box_config"
-
-    hidden_size: int = 1024
-    l1_weight: float | int = 5.0
-    giou_weight: float | int = 2.0
-    iou_weight: float | int = 1.0
-
-
-@strict
-class PerceptionGPTMaskConfig(PreTrainedConfig):
-    r"""
-    Sizes and loss weights of the mask signal.
-
-    Args:
-        size (`int`, *optional*):
-            Side M of the masks that go in and of the mask logits that come out. By default the patch grid doubled
-            until it is at least 128.
-        hidden_size (`int`, defaults to 256): width of the two-way transformer.
-        num_hidden_layers (`int`, defaults to 2): number of two-way blocks.
-        num_attention_heads (`int`, defaults to 8): attention heads of the two-way transformer.
-        mlp_dim (`int`, defaults to 1024): width of the MLPs of the two-way transformer.
-        attention_downsample_rate (`int`, defaults to 2): by how much the cross attentions narrow the width.
-        layer_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norms in the two-way blocks.
-        upscale_channels (`int`, defaults to 32): least width of the upsampled image features.
-        encoder_channels (`list[int]`, defaults to `[32, 64, 64]`): width of each stage of the mask encoder's ResNet.
-        encoder_grid (`int`, defaults to 8): side of the feature map that the encoder's linear layer reads.
-        bce_weight, dice_weight, iou_weight (`float`): weights of the loss terms, each a mean over one mask.
-    """
-
-    model_type = "perceptiongpt_mask"
-    base_config_key = "mask_config"
-
-    size: int | None = None
-    hidden_size: int = 256
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 8
-    mlp_dim: int = 1024
-    attention_downsample_rate: int = 2
-    layer_norm_eps: float | int = 1e-6
-    upscale_channels: int = 32
-    encoder_channels: list[int] | tuple[int, ...] = (32, 64, 64)
-    encoder_grid: int = 8
-    bce_weight: float | int = 2.0
-    dice_weight: float | int = 2.0
-    iou_weight: float | int = 1.0
-
-
-@strict
 class PerceptionGPTConfig(PreTrainedConfig):
     r"""
     Configuration of a [`PerceptionGPTForConditionalGeneration`]. Without arguments: Vicuna-7B and CLIP ViT-L/14-336.
 
     Args:
         vision_config, text_config (`PreTrainedConfig` or `dict`, *optional*): the two backbones.
-        box_config, mask_config (`PreTrainedConfig` or `dict`, *optional*): the two signals.
+        signals (`list[str]`, *optional*):
+            Names of the signals that the model has, in any order; all of `SIGNALS` by default. A saved config that does
+            not list them has `["box", "mask"]`.
+        box_config, mask_config, point_config (`PreTrainedConfig` or `dict`, *optional*):
+            Sizes and loss weights of the signals; `None` for signals that the model does not have. A signal beyond
+            these has its `<name>_config` in the same way.
         image_token_id, vis_token_id, phrase_start_token_id, phrase_end_token_id (`int`):
             Ids of `<image>`, `<vis>`, `<p>` and `</p>`.
         reserved_token_ids (`list[int]`): ids of the rows kept for later signals.
@@ -141,14 +89,18 @@ class PerceptionGPTConfig(PreTrainedConfig):
             },
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064}),
-        "box_config": PerceptionGPTBoxConfig,
-        "mask_config": PerceptionGPTMaskConfig,
+        **{
+            signal.config_key: SubConfigSpec(config_class=signal.config_class, optional=True)
+            for signal in SIGNALS.values()
+        },
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    signals: list[str] | tuple[str, ...] | None = None
     box_config: dict | PreTrainedConfig | None = None
     mask_config: dict | PreTrainedConfig | None = None
+    point_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 32000
     vis_token_id: int = 32001
     phrase_start_token_id: int = 32002
@@ -168,13 +120,17 @@ class PerceptionGPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.signals = choose_signals(SIGNALS if self.signals is None else self.signals)
+        for name, signal in SIGNALS.items():
+            # A signal without a field above comes with the other keywords.
+            given = kwargs.pop(signal.config_key, getattr(self, signal.config_key, None))
+            setattr(self, signal.config_key, ({} if given is None else given) if name in self.signals else None)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.reserved_token_ids = list(self.reserved_token_ids)
-        self.mask_config.encoder_channels = list(self.mask_config.encoder_channels)
         self._set_vision_sizes()
-        if self.mask_config.size is None:
-            self.mask_config.size = self.mask_grid * 2 ** max(0, math.ceil(math.log2(128 / self.mask_grid)))
+        for name in self.signals:
+            SIGNALS[name].complete_config(self)
         # Said here rather than at saving time, so that every re-save, of a fine-tuned or merged model too, stays
         # loadable with `trust_remote_code=True` and keeps `pipeline("perception")`.
         self.auto_map = {
@@ -192,6 +148,12 @@ class PerceptionGPTConfig(PreTrainedConfig):
                 "type": "multimodal",
             }
         }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in the library; `signals` decides which sub-configs are made, so it is set before the others."""
+        signals = kwargs.pop("signals", None) or config_dict.get("signals") or FIRST_SIGNALS
+        return super().from_dict({**config_dict, "signals": list(signals)}, **kwargs)
 
     def _set_vision_sizes(self) -> None:
         """Fills in `image_size`, `image_grid`, `mask_grid` and `feature_size`, and checks those that were given."""
@@ -256,4 +218,9 @@ class PerceptionGPTConfig(PreTrainedConfig):
 
 PerceptionGPTConfig.register_for_auto_class()
 
-__all__ = ["PerceptionGPTBoxConfig", "PerceptionGPTConfig", "PerceptionGPTMaskConfig"]
+__all__ = [
+    "PerceptionGPTBoxConfig",
+    "PerceptionGPTConfig",
+    "PerceptionGPTMaskConfig",
+    "PerceptionGPTPointConfig",
+]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation import GenerationMode
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
 
-from .signals_perceptiongpt import SIGNALS
+from .signals_perceptiongpt import SIGNALS, take_signal_inputs, with_signal_fields
+from .slots_perceptiongpt import align_slots, prepare_slots, slot_positions
 
 
+@with_signal_fields(lambda signal: signal.result_names)
 @dataclass
 class SignalGenerateFields:
     r"""
@@ -22,8 +23,10 @@ class SignalGenerateFields:
     Args:
         boxes (`torch.Tensor` of shape `(S, K, 4)`): float32 xyxy in 0..1 of the padded square.
         mask_logits (`torch.Tensor` of shape `(S, K, M, M)`): on the padded square.
-        object_scores, object_mask_scores (`torch.Tensor` of shape `(S, K)`):
-            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask.
+        points (`torch.Tensor` of shape `(S, K, 2)`): float32 xy in 0..1 of the padded square.
+        object_scores, object_mask_scores, object_point_scores (`torch.Tensor` of shape `(S, K)`):
+            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask, or the predicted
+            score of its point.
         object_valid (`torch.Tensor` of shape `(S, K)`): bool, whether the sequence has a k-th `<vis>`.
         positions (`torch.Tensor` of shape `(S, K)`): index into `sequences`, -1 where there is none.
         prompt_length (`int`): where the answers start in `sequences`.
@@ -31,8 +34,10 @@ class SignalGenerateFields:
 
     boxes: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
+    points: torch.FloatTensor | None = None
     object_scores: torch.FloatTensor | None = None
     object_mask_scores: torch.FloatTensor | None = None
+    object_point_scores: torch.FloatTensor | None = None
     object_valid: torch.BoolTensor | None = None
     positions: torch.LongTensor | None = None
     prompt_length: int | None = None
@@ -127,19 +132,21 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         """See [`PerceptionGPTModel.encode_signals`]."""
         return self.model.encode_signals(values, read)
 
-    def decode_signals(self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor) -> dict:
+    def decode_signals(
+        self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor, **kwargs
+    ) -> dict:
         """See [`PerceptionGPTModel.decode_signals`]."""
-        return self.model.decode_signals(states, image_features, image_index)
+        return self.model.decode_signals(states, image_features, image_index, **kwargs)
 
     def feed_back(self, states: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(rows, hidden)` of the boxes that the states `(rows, hidden)` decode to."""
+        """See [`PerceptionGPTModel.feed_back`]."""
         return self.model.feed_back(states)
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **kwargs):
         r"""
         [`GenerationMixin.generate`] with the tensors of the processor as further inputs: `pixel_values`,
-        `mask_pixel_values`, `boxes`, `masks`, `boxes_valid`, `masks_valid`, `boxes_read`, `masks_read`.
+        `mask_pixel_values`, and of each signal `boxes`, `boxes_valid`, `boxes_read` and so on.
 
         To continue from the cache of an earlier call, pass its `past_key_values` and `sequences` (with text appended or
         not) and the pictures and signals of the new text only.
@@ -205,9 +212,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
 
     def _begin_signals(self, kwargs: dict) -> tuple[SignalState, dict]:
         """Encodes the pictures and signals of the prompt, each once and before any row is repeated."""
-        values = {signal.values_name: kwargs.pop(signal.values_name, None) for signal in SIGNALS.values()}
-        flags = {f"{name}_{flag}": kwargs.pop(f"{name}_{flag}", None) for name in values for flag in ("valid", "read")}
-        for name in ("boxes_noise", "mask_image_index", "signal_image_index"):
+        signals = take_signal_inputs(kwargs)
+        for name in ("mask_image_index", "signal_image_index"):
             kwargs.pop(name, None)
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -232,6 +238,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                     f"`past_key_values` has {len(state.image_of_row)} rows, the prompt {len(tokens)}: expected as many."
                 )
             attention_mask = kwargs.get("attention_mask")
+            if attention_mask is None and tokens.shape[1] <= past_length:
+                raise ValueError(
+                    f"`past_key_values` holds {past_length} tokens, the prompt {tokens.shape[1]}: pass the whole text, "
+                    "that of the cache included, or, with new tokens alone, an `attention_mask` over both."
+                )
             if attention_mask is None or attention_mask.shape[1] == tokens.shape[1]:
                 ids = None if ids is None else ids[:, past_length:]
                 embeds = None if embeds is None else embeds[:, past_length:]
@@ -246,6 +257,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         images_per_row = torch.div(image_mask.sum(1), self.config.image_seq_length, rounding_mode="floor")
         mask_pixel_values = kwargs.pop("mask_pixel_values", None)
+        if self.config.mask_image_size and image_outputs is not None and mask_pixel_values is None:
+            raise ValueError(
+                f"The model decodes masks from images at {self.config.mask_image_size} pixels, but `mask_pixel_values` "
+                "is missing; pass what the processor of this checkpoint returns under that name."
+            )
         state.add_images(images_per_row, getattr(image_outputs, "mask_features", None), mask_pixel_values)
 
         # A `<vis>` that the last call emitted and nothing has read yet takes the box that predicted it.
@@ -255,19 +271,19 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         carried = vis_mask.clone()
         carried[:, 0] &= ~waiting
 
-        slots = self.model.prepare_slots(*values.values(), *flags_in_order(flags), carried)
+        slots = prepare_slots(self.config, signals, device)
         prompt_embeds, prompt_replaced = None, torch.zeros_like(vis_mask)
         if slots is not None:
-            to_device = {key: {name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read")}
-            embeddings = self.encode_signals(to_device["values"], to_device["read"])
-            prompt_embeds, prompt_replaced = self.model.align_slots(embeddings, to_device["read"], carried)
+            values, read = ({name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read"))
+            prompt_embeds, prompt_replaced = align_slots(self.encode_signals(values, read), read, carried)
         empty = (carried & ~prompt_replaced).nonzero()
         if len(empty):
             row, position = empty[0].tolist()
             number = int(carried[row, : position + 1].sum())
+            plurals = " or ".join(f"`{SIGNALS[name].plural}`" for name in self.config.signals)
             raise ValueError(
-                f"Row {row}: the {number}. `<vis>` of the prompt has neither a box nor a mask; pass one in slot "
-                f"{number - 1} of `boxes` or `masks` and mark it valid."
+                f"Row {row}: the {number}. `<vis>` of the prompt carries nothing; pass a value in slot {number - 1} of "
+                f"{plurals} and mark it valid."
             )
         if waiting.any():
             feedback = self.feed_back(state.last_state)
@@ -359,7 +375,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         device = state.states[0].device
         is_vis = answers.to(device) == self.config.vis_token_id
         num_slots = int(is_vis.sum(1).max()) if length else 0
-        positions, valid = self.model.slot_positions(is_vis, num_slots)
+        positions, valid = slot_positions(is_vis, num_slots)
         rows = torch.arange(num_sequences, device=device)[:, None].expand(-1, num_slots)
         beam_indices = getattr(output, "beam_indices", None)
         if beam_indices is not None:
@@ -401,11 +417,6 @@ CONTINUOUS_BATCHING_REFUSED = (
     "Continuous batching is not supported: it schedules rows over a paged cache, which does not carry the boxes "
     "that are fed back."
 )
-
-
-def flags_in_order(flags: dict) -> tuple:
-    """The order in which `prepare_slots` takes them."""
-    return flags["boxes_valid"], flags["masks_valid"], flags["boxes_read"], flags["masks_read"]
 
 
 def register_entry_points(model) -> None:

@@ -1,5 +1,6 @@
 """Load a checkpoint, read an image, and let the model answer: what every command shares."""
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -72,6 +73,18 @@ def load(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), processor
+
+
+def checkpoint_hash(model: str | Path) -> str | None:
+    """SHA-256 over the config and the weights of a checkpoint in a folder; None of one on the Hub."""
+    files = [
+        path for path in sorted(Path(model).glob("*")) if path.name == "config.json" or path.suffix == ".safetensors"
+    ]
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------

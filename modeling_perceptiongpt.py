@@ -3,22 +3,22 @@ PerceptionGPT (arXiv 2311.06612): a vision tower, a language model, and `<vis>`,
 or a mask on the way in and whose predicting hidden state is decoded to a box and a mask on the way out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
 from .generation_perceptiongpt import PerceptionGPTGenerationMixin
 from .joining_perceptiongpt import JoiningMixin
-from .signal_box_perceptiongpt import SignalEmbeddingNorm
-from .signals_perceptiongpt import SIGNALS
+from .signal_perceptiongpt import SignalEmbeddingNorm
+from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs, with_signal_fields
+from .slots_perceptiongpt import align_slots, prepare_slots, several_processes, slot_images, slot_positions
 from .vision_perceptiongpt import (
     FeatureMixture,
     PerceptionGPTMultiModalProjector,
@@ -32,6 +32,8 @@ from .vision_perceptiongpt import (
 
 
 logger = logging.get_logger(__name__)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -59,37 +61,44 @@ class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
     mask_features: torch.Tensor | None = None
 
 
+@with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
 @dataclass
 class PerceptionGPTOutputWithPast(ModelOutput):
     r"""
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
-        The sum of the four terms below, each already weighted (paper, equations 2 to 5).
-    loss_lm, loss_box, loss_mask, loss_iou (`torch.Tensor` of shape `()`, *optional*):
-        Cross-entropy; L1 + GIoU; binary cross-entropy + Dice; squared error of the predicted IoUs. Each is a sum over
-        its own tokens, boxes or masks, divided by their number.
+        The sum of the terms below, each already weighted (paper, equations 2 to 5).
+    loss_lm, loss_box, loss_mask, loss_point, loss_iou (`torch.Tensor` of shape `()`, *optional*):
+        Cross-entropy; L1 + GIoU; binary cross-entropy + Dice; L1; squared error of the predicted IoUs and of the
+        predicted scores of points. Each is a sum over its own tokens, boxes, masks or points, divided by their number.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`)
     past_key_values (`Cache`, *optional*)
     pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
         xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
     pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): on the padded square.
+    pred_points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): xy in 0..1 of the padded square.
     pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
+    pred_point_score (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
+        How near to its target each point is expected to be, see [`PointSignal.loss`].
     last_hidden_state (`torch.Tensor` of shape `(batch_size, kept, hidden_size)`, *optional*):
         The states that `logits` was read from; left out when there are `labels`.
     hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): of the language model.
-    image_hidden_states (`torch.Tensor`, *optional*): the projected features of the pictures.
+    image_hidden_states (`torch.Tensor`, *optional*): the projected features of the images.
     """
 
     loss: torch.Tensor | None = None
     loss_lm: torch.Tensor | None = None
     loss_box: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
+    loss_point: torch.Tensor | None = None
     loss_iou: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     pred_boxes: torch.Tensor | None = None
     pred_mask_logits: torch.Tensor | None = None
+    pred_points: torch.Tensor | None = None
     pred_box_iou: torch.Tensor | None = None
     pred_mask_iou: torch.Tensor | None = None
+    pred_point_score: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -102,10 +111,8 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BoxEncoder", "BoxDecoder", "MaskEncoder", "MaskDecoder", "PerceptionGPTMultiModalProjector"]
+    _no_split_modules = ["PerceptionGPTMultiModalProjector"]
     _skip_keys_device_placement = ["past_key_values", "signal_state"]
-    # Coordinates stay float32 whatever the rest is loaded in.
-    _keep_in_fp32_modules_strict = ["box_encoder", "box_decoder", "mask_encoder", "mask_decoder"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -173,19 +180,26 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         # Gemma scales its token embeddings inside the embedding layer.
         embedding_scale = getattr(self.language_model.get_input_embeddings(), "scalar_embed_scale", 1.0)
         embedding_rms = embedding_scale * getattr(config.text_config, "initializer_range", 0.02)
+        self.signals = {name: SIGNALS[name] for name in config.signals}
         self._signal_module_names = []
         parts.extend(self.multi_modal_projector.modules())
-        for signal in SIGNALS.values():
+        for signal in self.signals.values():
             for name, module in signal.build_modules(config, embedding_rms).items():
                 setattr(self, name, module)
                 self._signal_module_names.append(name)
                 parts.extend(module.modules())
         for part in parts:
             part.is_signal_part = True
+        # Coordinates stay float32 whatever the rest is loaded in.
+        self._keep_in_fp32_modules_strict = self._signal_module_names
+        self._no_split_modules = [
+            *self._no_split_modules,
+            *(type(module).__name__ for module in self.signal_modules().values()),
+        ]
         self.post_init()
 
     def signal_modules(self) -> dict[str, nn.Module]:
-        """The modules of all signals by attribute name."""
+        """The modules of the checkpoint's signals by attribute name."""
         return {name: getattr(self, name) for name in self._signal_module_names}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -213,7 +227,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         """As in torch, but the tower's batch norms keep to their stored statistics: a row must not depend on others."""
         super().train(mode)
         for module in self.vision_tower.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
         return self
 
@@ -279,45 +293,62 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         Embeddings of `<vis>` slots: the mean over the signals that are read.
 
         Args:
-            values (`dict[str, torch.Tensor]`): by signal name, of shape `(batch_size, K, ...)`.
-            read (`dict[str, torch.Tensor]`): by signal name, bool of shape `(batch_size, K)`.
+            values (`dict[str, torch.Tensor]`): by signal name, of shape `(batch_size, K, ...)` or `(1, 1, ...)`.
+            read (`dict[str, torch.Tensor]`): by signal name, bool of shape `(batch_size, K)` or `(1, 1)`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, K, hidden_size)`, float32, of no meaning where nothing is read.
         """
         total, count = 0, 0
         # Outside autocast: bfloat16 coordinates would fall into bins.
-        with torch.autocast(values["box"].device.type, enabled=False):
-            for name, signal in SIGNALS.items():
-                embeddings = signal.encode(self, values[name].flatten(0, 1)).unflatten(0, values[name].shape[:2])
+        with torch.autocast(next(iter(values.values())).device.type, enabled=False):
+            for name, value in values.items():
+                embeddings = self.signals[name].encode(self, value.flatten(0, 1)).unflatten(0, value.shape[:2])
                 weight = read[name][..., None].to(embeddings)
                 total, count = total + weight * embeddings, count + weight
             return total / count.clamp(min=1)
 
-    def decode_signals(self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor) -> dict:
+    def decode_signals(
+        self,
+        states: torch.Tensor,
+        image_features: torch.Tensor,
+        image_index: torch.Tensor,
+        names=None,
+        every_signal: bool = False,
+    ) -> dict:
         """
         Decodes final-norm hidden states, each the one that predicts a `<vis>`.
 
         Args:
             states (`torch.Tensor` of shape `(N, hidden_size)`)
             image_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`)
-            image_index (`torch.Tensor` of shape `(N,)`, int64): the picture each state speaks of, -1 for none.
+            image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
+            names (`Iterable[str]`, *optional*): the signals to decode; by default all.
+            every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
-            IoU `(N,)`.
+            quality `(N,)`.
         """
+        decoded = {}
         with torch.autocast(states.device.type, enabled=False):
-            return {name: signal.decode(self, states, image_features, image_index) for name, signal in SIGNALS.items()}
+            for name, signal in self.signals.items():
+                if names is None or name in names:
+                    decoded[name] = signal.decode(self, states, image_features, image_index)
+                elif every_signal:
+                    decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
+        return decoded
 
     def feed_back(self, states: torch.Tensor) -> torch.Tensor:
         """
-        Closes the loop: states `(rows, hidden_size)` to the boxes they decode to, and those to the embeddings, of the
-        same shape, that the language model reads as the `<vis>` just emitted. Masks are not fed back.
+        Closes the loop: states `(rows, hidden_size)` to the values they decode to, and those to the embeddings, of the
+        same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
+        back: the box alone, unless another one says so.
         """
         with torch.autocast(states.device.type, enabled=False):
-            boxes, _ = SIGNALS["box"].decode(self, states, None, None)
-            return SIGNALS["box"].encode(self, boxes)
+            fed_back = [signal for signal in self.signals.values() if signal.fed_back]
+            embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
+            return sum(embeddings) / len(embeddings)
 
     def token_mask(self, input_ids, inputs_embeds, token_id: int) -> torch.Tensor:
         """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding if there are no ids."""
@@ -339,14 +370,18 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         mask_image_index: torch.LongTensor | None = None,
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
+        points: torch.Tensor | None = None,
         boxes_valid: torch.Tensor | None = None,
         masks_valid: torch.Tensor | None = None,
+        points_valid: torch.Tensor | None = None,
         boxes_read: torch.Tensor | None = None,
         masks_read: torch.Tensor | None = None,
+        points_read: torch.Tensor | None = None,
         boxes_noise: torch.Tensor | None = None,
         signal_embeds: torch.Tensor | None = None,
         signal_embeds_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        run_every_module: bool | None = None,
         **kwargs,
     ) -> PerceptionGPTModelOutputWithPast:
         r"""
@@ -363,15 +398,34 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
                 xyxy in 0..1 of the padded square; slot k is the k-th `<vis>` of its row.
             masks (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): same slots, on the padded square.
-            boxes_valid, masks_valid (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
+            points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): same slots, xy in 0..1 of the square.
+            boxes_valid, masks_valid, points_valid (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
                 The value is known; by default where the tensor is given.
-            boxes_read, masks_read (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
+            boxes_read, masks_read, points_read (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
                 The value enters the embedding of its `<vis>`; by default where it is valid.
             boxes_noise (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*): added to the boxes that are read.
             signal_embeds, signal_embeds_mask (`(batch_size, n, hidden_size)` and bool `(batch_size, n)`, *optional*):
                 Ready-made embeddings for the last n positions, used where the bool mask is True.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed earlier.
+            run_every_module (`bool`, *optional*):
+                Whether modules that the batch does not need run, too, without an effect; by default in training where
+                there are several processes: those whose batches differ in kind would wait for each other.
         """
+        signals = {
+            "boxes": boxes,
+            "boxes_valid": boxes_valid,
+            "boxes_read": boxes_read,
+            "boxes_noise": boxes_noise,
+            "masks": masks,
+            "masks_valid": masks_valid,
+            "masks_read": masks_read,
+            "points": points,
+            "points_valid": points_valid,
+            "points_read": points_read,
+            **take_signal_inputs(kwargs),
+        }
+        if run_every_module is None:
+            run_every_module = self.training and several_processes()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs is not None:
@@ -399,9 +453,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], image_features)
-        elif self.training:
-            # Every module runs in every step, here on a blank picture, or processes whose batches differ in kind
-            # wait for each other.
+        elif run_every_module:
             side = self.config.image_size
             unused = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
             mask_features = unused.mask_features
@@ -410,18 +462,20 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             mask_features = self.get_mask_features(mask_pixel_values)
             if mask_image_index is not None:
                 mask_features = mask_features[mask_image_index.clamp(min=0)]
-        elif mask_features is None and self.training:
+        elif mask_features is None and run_every_module:
             side, images = self.config.mask_image_size, 1 if image_features is None else len(image_features)
             blank = self.get_mask_features(inputs_embeds.new_zeros(1, 3, side, side))
             mask_features = blank.expand(images, -1, -1)
 
-        slots = self.prepare_slots(boxes, masks, boxes_valid, masks_valid, boxes_read, masks_read, vis_mask)
+        slots = prepare_slots(self.config, signals, vis_mask.device, run_every_module)
         if slots is not None:
-            values, read = slots["values"], slots["read"]
-            if boxes_noise is not None and boxes_noise.shape[1]:  # a batch without signals has one padded slot
-                values = {**values, "box": values["box"] + boxes_noise.to(values["box"])}
-            embeddings = self.encode_signals(values, read).to(inputs_embeds.device, inputs_embeds.dtype)
-            embeddings, replaced = self.align_slots(embeddings, read, vis_mask)
+            values = dict(slots["values"])
+            for name in values:
+                noise = signals.get(self.signals[name].noise_name)
+                if noise is not None and noise.shape[1]:
+                    values[name] = values[name] + noise.to(values[name])
+            embeddings = self.encode_signals(values, slots["read"]).to(inputs_embeds.device, inputs_embeds.dtype)
+            embeddings, replaced = align_slots(embeddings, slots["read"], vis_mask)
             inputs_embeds = torch.where(replaced[..., None], embeddings, inputs_embeds)
         if signal_embeds is not None:
             length = inputs_embeds.shape[1] - signal_embeds.shape[1]
@@ -448,72 +502,6 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             image_hidden_states=image_features,
             mask_features=mask_features,
         )
-
-    def prepare_slots(self, boxes, masks, boxes_valid, masks_valid, boxes_read, masks_read, like) -> dict | None:
-        """
-        Fills in what the caller left out of the six signal tensors; `like` is any tensor with the batch's rows and
-        device.
-
-        Returns:
-            `dict` of `values`, `valid` and `read`, each by signal name; `None` where there is no slot and no training.
-        """
-        given = {"box": (boxes, boxes_valid, boxes_read), "mask": (masks, masks_valid, masks_read)}
-        tensors = [value for value, _, _ in given.values() if value is not None]
-        num_slots = max((value.shape[1] for value in tensors), default=0)
-        if num_slots == 0 and not self.training:
-            return None
-        # One slot that nothing reads and nothing supervises, so that the signal modules run in every step.
-        batch_size, num_slots, device = len(like), max(num_slots, 1), like.device
-        slots = {"values": {}, "valid": {}, "read": {}}
-        for name, (value, valid, read) in given.items():
-            if value is None or value.shape[1] == 0:
-                value = SIGNALS[name].pad(self.config, batch_size, num_slots, device)
-                valid = read = torch.zeros(batch_size, num_slots, dtype=torch.bool, device=device)
-            elif valid is None:
-                valid = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-            slots["values"][name] = value
-            slots["valid"][name] = valid
-            slots["read"][name] = valid if read is None else read
-        return slots
-
-    def align_slots(self, embeddings: torch.Tensor, read: dict, vis_mask: torch.Tensor):
-        """
-        Lays slot embeddings `(batch_size, K, hidden_size)` out over the sequence.
-
-        Returns:
-            embeddings `(batch_size, sequence_length, hidden_size)` and the bool mask of the `<vis>` that take theirs;
-            a `<vis>` for which nothing is read, or beyond the slots, keeps its static row.
-        """
-        slot = vis_mask.cumsum(1) - 1
-        in_range = vis_mask & (slot < embeddings.shape[1])
-        slot = slot.clamp(0, embeddings.shape[1] - 1)
-        read_any = torch.stack(list(read.values())).any(0).to(vis_mask.device)
-        aligned = embeddings.gather(1, slot[..., None].expand(-1, -1, embeddings.shape[2]))
-        return aligned, in_range & read_any.gather(1, slot)
-
-    def slot_positions(self, vis_mask: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Where the k-th `<vis>` of each row stands, `(batch_size, num_slots)`, and whether there is one; of fixed shape,
-        so that the host never waits to learn how many there are.
-        """
-        length = vis_mask.shape[1]
-        order = vis_mask * torch.arange(length, 0, -1, device=vis_mask.device)
-        found, positions = order.topk(min(num_slots, length), dim=1)
-        missing = num_slots - positions.shape[1]
-        return nn.functional.pad(positions, (0, missing)), nn.functional.pad(found, (0, missing)) > 0
-
-    def slot_images(self, image_mask: torch.Tensor, positions: torch.Tensor, signal_image_index=None) -> torch.Tensor:
-        """
-        Index into the flat list of pictures for each slot, `(batch_size, K)`: the last `<image>` before it in its row,
-        unless `signal_image_index` (same shape, index within the row, negative = no choice) says otherwise; -1: none.
-        """
-        length = self.config.image_seq_length
-        seen = image_mask.cumsum(1)
-        images = torch.div(seen[:, -1], length, rounding_mode="floor")
-        within = torch.div(seen.gather(1, positions) + length - 1, length, rounding_mode="floor") - 1
-        if signal_image_index is not None:
-            within = torch.where(signal_image_index >= 0, signal_image_index, within)
-        return torch.where(within >= 0, (images.cumsum(0) - images)[:, None] + within, -1)
 
     def additive_mask(self, attention_mask: torch.Tensor, position_ids, dtype: torch.dtype) -> torch.Tensor:
         """A bool `(batch_size, 1, L, L)` mask as what the attention back ends add to their scores."""
@@ -591,10 +579,13 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
         mask_image_index: torch.LongTensor | None = None,
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
+        points: torch.Tensor | None = None,
         boxes_valid: torch.Tensor | None = None,
         masks_valid: torch.Tensor | None = None,
+        points_valid: torch.Tensor | None = None,
         boxes_read: torch.Tensor | None = None,
         masks_read: torch.Tensor | None = None,
+        points_read: torch.Tensor | None = None,
         boxes_noise: torch.Tensor | None = None,
         signal_image_index: torch.LongTensor | None = None,
         signal_embeds: torch.Tensor | None = None,
@@ -603,6 +594,7 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
         num_items_in_batch: torch.Tensor | int | None = None,
         num_boxes_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
+        num_points_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> PerceptionGPTOutputWithPast:
@@ -611,15 +603,44 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                -100 where there is nothing to learn; boxes and masks are supervised where the label of their `<vis>` is
-                not -100 and they are valid.
+                -100 where there is nothing to learn; a value is supervised where the label of its `<vis>` is not -100
+                and it is valid. With labels, only the signals that are given are decoded.
             signal_image_index (`torch.LongTensor` of shape `(batch_size, K)`, *optional*):
-                Picture, within its row, that a slot speaks of; negative for the last one before it.
-            num_items_in_batch, num_boxes_in_batch, num_masks_in_batch (`int` or `torch.Tensor`, *optional*):
-                Supervised tokens, boxes and masks in all micro-batches and processes of the step: what the sums are
-                divided by. By default those of this batch.
+                Image, within its row, that a slot speaks of; negative for the last one before it.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                Supervised tokens in all micro-batches and processes of the step: what the sum of the language modelling
+                losses is divided by. By default those of this batch.
+            num_boxes_in_batch, num_masks_in_batch, num_points_in_batch (`int` or `torch.Tensor`, *optional*):
+                Likewise for boxes, masks and points. By default those of this batch; then the mean over them counts for
+                as large a share of the step as the batch has of the step's tokens.
             logits_to_keep (`int`, defaults to 0): compute logits for the last positions only; 0 for all.
         """
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(
+                "`num_items_in_batch` was given without `labels`. The `Trainer` takes the labels away where "
+                "`label_smoothing_factor` or `compute_loss_func` is set; the losses of the signals need them, so train "
+                "without either."
+            )
+        run_every_module = several_processes() and (self.training or labels is not None)
+        signals = {
+            "boxes": boxes,
+            "boxes_valid": boxes_valid,
+            "boxes_read": boxes_read,
+            "boxes_noise": boxes_noise,
+            "masks": masks,
+            "masks_valid": masks_valid,
+            "masks_read": masks_read,
+            "points": points,
+            "points_valid": points_valid,
+            "points_read": points_read,
+            **take_signal_inputs(kwargs),
+        }
+        counts = {
+            "num_boxes_in_batch": num_boxes_in_batch,
+            "num_masks_in_batch": num_masks_in_batch,
+            "num_points_in_batch": num_points_in_batch,
+            **take_signal_counts(kwargs),
+        }
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -629,17 +650,12 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
             inputs_embeds=inputs_embeds,
             mask_pixel_values=mask_pixel_values,
             mask_image_index=mask_image_index,
-            boxes=boxes,
-            masks=masks,
-            boxes_valid=boxes_valid,
-            masks_valid=masks_valid,
-            boxes_read=boxes_read,
-            masks_read=masks_read,
-            boxes_noise=boxes_noise,
             signal_embeds=signal_embeds,
             signal_embeds_mask=signal_embeds_mask,
             mm_encoder_outputs=mm_encoder_outputs,
+            run_every_module=run_every_module,
             return_dict=True,
+            **signals,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -647,59 +663,84 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
         kept_states = hidden_states[:, kept]
         logits = self.lm_head(kept_states)
 
-        result = PerceptionGPTOutputWithPast(
+        fields, decoded, supervised = {}, {}, None
+        slots = prepare_slots(self.config, signals, hidden_states.device, run_every_module)
+        if slots is not None:
+            vis_mask = self.model.token_mask(input_ids, inputs_embeds, self.config.vis_token_id)
+            image_mask = self.model.token_mask(input_ids, inputs_embeds, self.config.image_token_id)
+            num_slots = max([valid.shape[1] for valid in slots["valid"].values()])
+            positions, supervised = slot_positions(vis_mask, num_slots)
+            if labels is not None:
+                supervised = supervised & (labels.gather(1, positions) != -100)
+            # Without labels every signal is predicted, with them those that may have a target.
+            names = list(self.model.signals) if labels is None else slots["given"]
+            if self.config.mask_image_size and mask_pixel_values is None and outputs.image_hidden_states is not None:
+                self.require_finer_images(names, slots, supervised if labels is not None else None)
+            states = hidden_states.gather(
+                1, (positions - 1).clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[2])
+            )
+            image_index = slot_images(image_mask, positions, self.config.image_seq_length, signal_image_index)
+            image_features = outputs.mask_features
+            if image_features is None:
+                image_features = states.new_zeros(0, self.config.mask_cells, self.config.feature_size)
+                image_index = torch.full_like(image_index, -1)
+            decoded = self.model.decode_signals(
+                states.flatten(0, 1), image_features, image_index.flatten(), names, run_every_module
+            )
+            for name in names:
+                parts = [part.unflatten(0, positions.shape) for part in decoded[name]]
+                fields |= dict(zip(SIGNALS[name].prediction_names, parts, strict=True))
+        if labels is not None:
+            fields |= self.compute_losses(logits, labels, slots, supervised, decoded, num_items_in_batch, counts)
+        return PerceptionGPTOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
             last_hidden_state=kept_states if labels is None else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **fields,
         )
-        slots = self.model.prepare_slots(boxes, masks, boxes_valid, masks_valid, boxes_read, masks_read, hidden_states)
-        supervised = None
-        if slots is not None:
-            vis_mask = self.model.token_mask(input_ids, inputs_embeds, self.config.vis_token_id)
-            image_mask = self.model.token_mask(input_ids, inputs_embeds, self.config.image_token_id)
-            num_slots = slots["valid"]["box"].shape[1]
-            positions, supervised = self.model.slot_positions(vis_mask, num_slots)
-            predicting = (positions - 1).clamp(min=0)
-            states = hidden_states.gather(1, predicting[..., None].expand(-1, -1, hidden_states.shape[2]))
-            image_index = self.model.slot_images(image_mask, positions, signal_image_index)
-            image_features = outputs.mask_features
-            if image_features is None:
-                image_features = states.new_zeros(0, self.config.mask_cells, self.config.feature_size)
-                image_index = torch.full_like(image_index, -1)
-            decoded = self.model.decode_signals(states.flatten(0, 1), image_features, image_index.flatten())
-            shape = (hidden_states.shape[0], num_slots)
-            result.pred_boxes, result.pred_box_iou = (part.unflatten(0, shape) for part in decoded["box"])
-            result.pred_mask_logits, result.pred_mask_iou = (part.unflatten(0, shape) for part in decoded["mask"])
-            if labels is not None:
-                supervised = supervised & (labels.gather(1, positions) != -100)
-        if labels is not None:
-            counts = {"box": num_boxes_in_batch, "mask": num_masks_in_batch}
-            self.add_losses(result, labels, slots, supervised, decoded if slots else {}, num_items_in_batch, counts)
-        # Made anew: as a tuple or dict it lists its fields in the order they were set in, and the loss comes first.
-        return replace(result)
 
-    def add_losses(self, result, labels, slots, supervised, decoded, num_items_in_batch, counts) -> None:
-        """Sets `loss` and its terms (paper, equations 2 to 6) on `result`; each is a sum over its own count."""
-        result.loss_lm = self.config.lm_loss_weight * self.loss_function(
-            logits=result.logits,
-            labels=labels,
-            vocab_size=result.logits.shape[-1],
-            num_items_in_batch=num_items_in_batch,
+    def require_finer_images(self, names, slots: dict, supervised: torch.Tensor | None) -> None:
+        """`ValueError` if a signal is decoded from images whose finer pixels are missing, and the result matters."""
+        message = (
+            f"The model decodes masks from images at {self.config.mask_image_size} pixels, but `mask_pixel_values` is "
+            "missing; pass what the processor of this checkpoint returns under that name."
         )
-        terms = dict.fromkeys(SIGNALS, result.loss_lm.new_zeros(()))
-        result.loss_iou = result.loss_lm.new_zeros(())
-        for name, (predictions, predicted_iou) in decoded.items():
+        for name in names:
+            if SIGNALS[name].reads_image and supervised is None:
+                raise ValueError(message)
+            if SIGNALS[name].reads_image:
+                wanted = supervised & slots["valid"][name].to(supervised.device)
+                torch_compilable_check(~wanted.any(), message)
+
+    def compute_losses(self, logits, labels, slots, supervised, decoded, num_items_in_batch, counts) -> dict:
+        """`loss` and its terms (paper, equations 2 to 6) by name; each is a sum over its own count."""
+        loss_lm = self.config.lm_loss_weight * self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+        )
+        share = 1.0
+        if num_items_in_batch is not None:
+            # Of a step that this batch is a part of, where only the step's tokens were counted.
+            share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+        terms = {SIGNALS[name].loss_name: loss_lm.new_zeros(()) for name in self.model.signals}
+        loss_iou = loss_lm.new_zeros(())
+        for name, (predictions, quality) in decoded.items():
             targets = slots["values"][name].flatten(0, 1).to(predictions.device)
             wanted = (supervised & slots["valid"][name].to(supervised.device)).flatten()
-            signal_loss, iou_loss = SIGNALS[name].loss(self.config, predictions, predicted_iou, targets)
-            count = wanted.sum().clamp(min=1) if counts[name] is None else counts[name]
-            terms[name] = (signal_loss * wanted).sum() / count
-            result.loss_iou = result.loss_iou + (iou_loss * wanted).sum() / count
-        result.loss_box, result.loss_mask = terms["box"], terms["mask"]
-        result.loss = result.loss_lm + result.loss_box + result.loss_mask + result.loss_iou
+            value_loss, quality_loss = SIGNALS[name].loss(self.config, predictions, quality, targets)
+            value_loss, quality_loss = (value_loss * wanted).sum(), (quality_loss * wanted).sum()
+            count = counts.get(SIGNALS[name].count_name)
+            if count is None:
+                count = wanted.sum().clamp(min=1) / share
+            value_loss, quality_loss = value_loss / count, quality_loss / count
+            terms[SIGNALS[name].loss_name] = value_loss
+            loss_iou = loss_iou + quality_loss
+        loss = loss_lm
+        for term in (*terms.values(), loss_iou):
+            loss = loss + term
+        return {"loss": loss, "loss_lm": loss_lm, **terms, "loss_iou": loss_iou}
 
 
 PerceptionGPTModel.register_for_auto_class("AutoModel")

@@ -16,6 +16,7 @@ merged, with its processor: `from_pretrained(OUTPUT)` works.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import TrainingArguments, set_seed
 
 from perceptiongpt.data.collator import PerceptionCollator
 from perceptiongpt.inference import hide_progress_bars_in_logs
+from perceptiongpt.publishing.publication import publish, run_publication
 from perceptiongpt.training.adapters import (
     add_adapter,
     load_model,
@@ -96,6 +98,8 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
     """
     output, trainer = Path(output), None
     stages = plan_stages(recipe, output, resume)
+    publishes = recipe["training"].get("push_to_hub") and os.environ.get("RANK", "0") == "0"
+    publication = run_publication(output, recipe["training"]) if publishes else None
     has_stages = stages[0].name is not None
     for stage in stages:
         if stage.is_finished:
@@ -119,6 +123,8 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
             PartialState().wait_for_everyone()  # the next stage reads what this one saved
     if has_stages and PartialState().is_main_process:
         copy_model(stages[-1], output)
+    if publication is not None:
+        publish(output, publication)
     return trainer
 
 

@@ -12,6 +12,7 @@ TINY_IMAGE_SIZE = 32
 TINY_PATCH_SIZE = 8
 TINY_SIGNALS = {
     "box_config": {"hidden_size": 64},
+    "point_config": {"hidden_size": 64},
     "mask_config": {
         "hidden_size": 32,
         "num_attention_heads": 2,

@@ -25,6 +25,7 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
 }
+HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "hub_token")
 
 
 def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
@@ -39,7 +40,9 @@ def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
         "dataloader_pin_memory": has_accelerator,
         "disable_tqdm": not sys.stderr.isatty(),  # a log file would get a line a step
     }
-    return TrainingArguments(**{**settings, **recipe["training"], "output_dir": str(output)})
+    # Publishing is not the library's: it would upload checkpoints while they change. `train` does it at the end.
+    given = {key: value for key, value in recipe["training"].items() if key not in HUB_SETTINGS}
+    return TrainingArguments(**{**settings, **given, "output_dir": str(output)})
 
 
 def signal_plurals(config) -> dict[str, str]:
