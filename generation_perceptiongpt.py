@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation import GenerationMode
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
 
 from .signals_perceptiongpt import SIGNALS, take_signal_inputs, with_signal_fields
 from .slots_perceptiongpt import align_slots, prepare_slots, slot_positions

@@ -1,9 +1,13 @@
 """Load a checkpoint, read an image, and let the model answer: what every command shares."""
 
+import hashlib
 import re
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from perceptiongpt import PerceptionGPTConfig  # naming a class registers all of them with the Auto classes
@@ -15,6 +19,13 @@ class InputError(ValueError):
 
 class RefusedError(ValueError):
     """The processor does not accept a conversation."""
+
+
+def hide_progress_bars_in_logs() -> None:
+    """Turn the libraries' progress bars off unless standard error is a terminal: a file would get a line a step."""
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -62,6 +73,18 @@ def load(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), processor
+
+
+def checkpoint_hash(model: str | Path) -> str | None:
+    """SHA-256 over the config and the weights of a checkpoint in a folder; None of one on the Hub."""
+    files = [
+        path for path in sorted(Path(model).glob("*")) if path.name == "config.json" or path.suffix == ".safetensors"
+    ]
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
 """New models from pretrained parts: a vision tower and a language model, or a whole LLaVA checkpoint."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 from transformers.utils import logging
 
 from .configuration_perceptiongpt import ADDED_TOKENS, PerceptionGPTConfig, add_perception_tokens

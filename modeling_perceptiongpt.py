@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
@@ -33,6 +32,8 @@ from .vision_perceptiongpt import (
 
 
 logger = logging.get_logger(__name__)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -226,7 +227,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         """As in torch, but the tower's batch norms keep to their stored statistics: a row must not depend on others."""
         super().train(mode)
         for module in self.vision_tower.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
         return self
 

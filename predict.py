@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from perceptiongpt.drawing import draw_objects
 from perceptiongpt.images_perceptiongpt import read_image
-from perceptiongpt.inference import InputError, answer_each, load
+from perceptiongpt.inference import InputError, answer_each, hide_progress_bars_in_logs, load
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -244,6 +244,7 @@ def predict(arguments: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parsed = parse_arguments(arguments)
+    hide_progress_bars_in_logs()
     try:
         errors = predict(parsed)
     except InputError as error:

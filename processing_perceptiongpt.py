@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoTokenizer, BatchFeature, ImageProcessingMixin, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
@@ -345,7 +344,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         if kwargs.get("sanitize_control_tokens"):
             raise ValueError(f"`sanitize_control_tokens` would take {IMAGE_TOKEN} and {VIS_TOKEN} out of their places.")
-        template = self._resolve_chat_template(chat_template)
+        template = self._chosen_template(chat_template)
         if "enable_thinking" in template:
             kwargs.setdefault("enable_thinking", False)
         if len(conversation) == 0:
@@ -402,6 +401,14 @@ class PerceptionGPTProcessor(ProcessorMixin):
                     "truncation does"
                 )
         return output
+
+    def _chosen_template(self, name_or_template: str | None) -> str:
+        """The text of a template: the processor's default, one that it keeps under a name, or the one that is given."""
+        kept = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = kept.get(name_or_template or "default", name_or_template)
+        if template is None:
+            raise ValueError(f"None of the chat templates {sorted(kept)} is named 'default': pass `chat_template`.")
+        return template
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
         # The library walks over the offsets one by one, which takes ten times as long over a tensor.

@@ -16,6 +16,7 @@ merged, with its processor: `from_pretrained(OUTPUT)` works.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.inference import hide_progress_bars_in_logs
+from perceptiongpt.publishing.publication import publish, run_publication
 from perceptiongpt.training.adapters import (
     add_adapter,
     load_model,
@@ -95,6 +98,8 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
     """
     output, trainer = Path(output), None
     stages = plan_stages(recipe, output, resume)
+    publishes = recipe["training"].get("push_to_hub") and os.environ.get("RANK", "0") == "0"
+    publication = run_publication(output, recipe["training"]) if publishes else None
     has_stages = stages[0].name is not None
     for stage in stages:
         if stage.is_finished:
@@ -118,6 +123,8 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
             PartialState().wait_for_everyone()  # the next stage reads what this one saved
     if has_stages and PartialState().is_main_process:
         copy_model(stages[-1], output)
+    if publication is not None:
+        publish(output, publication)
     return trainer
 
 
@@ -140,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = before if options.resume and before.is_file() else None
     if options.config is None and before is None:
         parser.error("--config is needed (without it, --resume reads the recipe.yaml in the output)")
+    hide_progress_bars_in_logs()
     try:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
         train(recipe, options.output, options.resume)

@@ -165,7 +165,8 @@ def resampled_values(
     members = [np.flatnonzero(groups == number).tolist() for number in range(groups.max() + 1)]
     rng = np.random.default_rng(0)
     values = {key: [] for key in keys}
-    for _ in tqdm(range(WHOLE_SET_RESAMPLES), desc=f"intervals of {title}", unit="resample", leave=False):
+    title = f"intervals of {title}"
+    for _ in tqdm(range(WHOLE_SET_RESAMPLES), title, unit="resample", leave=False, disable=None):  # no bar in a log
         drawn = rng.integers(len(members), size=len(members))
         pairs = [(index, draw) for draw, group in enumerate(drawn) for index in members[group]]
         found = compute(*map(list, zip(*pairs, strict=True)))

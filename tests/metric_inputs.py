@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceptiongpt import metrics
+from perceptiongpt import metrics, validate
+from perceptiongpt.data.reading import Problems
+from perceptiongpt.evaluation.benchmarks import find_benchmark
 from perceptiongpt.evaluation.predictions import plain_text, references
+from perceptiongpt.evaluation.samples import complete_options, read_samples
 from perceptiongpt.geometry_perceptiongpt import encode_rle
 
 
@@ -95,6 +98,20 @@ def noisy_set(seed: int, images: int = 12) -> tuple[list[dict], dict[str, dict]]
         samples.append(sample)
         entries[sample["id"]] = made_entry(sample, moved, rng.random(len(moved)).tolist())
     return samples, entries
+
+
+def mini_arguments(data_dir: Path) -> list[str]:
+    """The command line of the eight expressions of RefCOCO whose photo is at hand."""
+    folders = ["--data", str(data_dir / "refcoco_mini"), "--images", str(data_dir / "coco128/train2017")]
+    return ["--benchmark", "refcoco", "--split", "testB", *folders]
+
+
+def samples_of(*arguments) -> list[dict]:
+    """The samples that `validate.py` would measure."""
+    options = validate.parse_arguments(["--predictions", "x", *map(str, arguments)])
+    benchmark = find_benchmark(options.benchmark)
+    complete_options(options, benchmark)
+    return read_samples(benchmark, options, Problems())
 
 
 def write_lines(path: Path, lines: list) -> Path:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metric_inputs import perfect
+from metric_inputs import mini_arguments, perfect, samples_of
 from perceptiongpt import validate
-from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.templates import load_templates
 from perceptiongpt.evaluation import samples as samples_module
 from perceptiongpt.evaluation.benchmarks import find_benchmark, read_benchmarks
@@ -19,7 +18,7 @@ from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.measures import MEASURES
 from perceptiongpt.evaluation.predictions import references
 from perceptiongpt.evaluation.results import Scorer
-from perceptiongpt.evaluation.samples import complete_options, read_sample_image, read_samples
+from perceptiongpt.evaluation.samples import read_sample_image
 from perceptiongpt.geometry_perceptiongpt import decode_mask
 
 
@@ -29,16 +28,7 @@ POINT_TASKS = {"point", "point_all", "point_to_mask"}
 
 @pytest.fixture
 def mini(data_dir) -> list[str]:
-    """The command line of the eight expressions of RefCOCO whose photo is at hand."""
-    folders = ["--data", str(data_dir / "refcoco_mini"), "--images", str(data_dir / IMAGES)]
-    return ["--benchmark", "refcoco", "--split", "testB", *folders]
-
-
-def samples_of(*arguments) -> list[dict]:
-    options = validate.parse_arguments(["--predictions", "x", *map(str, arguments)])
-    benchmark = find_benchmark(options.benchmark)
-    complete_options(options, benchmark)
-    return read_samples(benchmark, options, Problems())
+    return mini_arguments(data_dir)
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------

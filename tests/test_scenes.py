@@ -1,5 +1,6 @@
 """Drawn and pasted scenes: exact annotations, expressions that mean what they say, and the fixed test set."""
 
+import hashlib
 import json
 import math
 import pickle

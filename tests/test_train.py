@@ -10,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
@@ -25,7 +29,7 @@ from perceptiongpt.data.schema import decode_rle
 from perceptiongpt.training.adapters import own_modules, parameter_table
 from perceptiongpt.training.answers import mean_scores, score_answer
 from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe
-from perceptiongpt.training.trainer import TRAINING_DEFAULTS
+from perceptiongpt.training.trainer import TRAINING_DEFAULTS, PerceptionTrainer
 from processes import free_port, run_two_processes
 
 
@@ -129,6 +133,64 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
     assert {f"eval_{name}" for name in ("loss", *LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
     assert one == pytest.approx(three, abs=1e-5)
     assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in LOSS_TERMS))
+
+
+def test_evaluation_divides_as_training_does(tiny_model_dir, tmp_path):
+    """Where only boxes are known, where only masks are, and where both are."""
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    for number, chosen in enumerate(([1], [2], [0, 1, 2, 3])):
+        rows = [row for picture in (0, 1) for row in np.take(drawn_rows(2)[5 * picture :], chosen)]
+        trainer = PerceptionTrainer(
+            model=model,
+            args=TrainingArguments(str(tmp_path / str(number)), **TRAINING_DEFAULTS, use_cpu=True),
+            data_collator=PerceptionCollator(processor),
+            eval_dataset=rows,
+            processing_class=processor,
+        )
+        found = trainer.evaluate()
+        with torch.no_grad():
+            expected = model(**PerceptionCollator(processor).for_evaluation()(rows))
+        for name in ("loss", *LOSS_TERMS):
+            assert found[f"eval_{name}"] == pytest.approx(expected[name].item(), abs=1e-5), name
+
+
+def test_nothing_is_float64_on_the_device(tiny_model_dir, tmp_path, monkeypatch):
+    """Apple's GPUs have no float64."""
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    rows = drawn_rows(1)
+    trainer = PerceptionTrainer(
+        model=PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir),
+        args=TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True, max_steps=1, disable_tqdm=True),
+        data_collator=PerceptionCollator(processor),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor,
+        generation_rows=rows[:1],
+        generate_tokens=2,
+    )
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            seen.update(value.dtype for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+            return result
+
+    def watched(function):
+        def call(*args, **kwargs):
+            with Watch():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("count_targets", "compute_loss"):
+        monkeypatch.setattr(trainer, name, watched(getattr(trainer, name)))
+    reduce = trainer.accelerator.reduce
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda sums, how: seen.add(sums.dtype) or reduce(sums, how))
+    trainer.train()
+    trainer.evaluate()
+    assert torch.float32 in seen and torch.int64 in seen and torch.float64 not in seen
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -359,6 +421,58 @@ def test_parameter_table_counts_what_is_trained(tiny_model):
     assert table["box_decoder"][0] == table["box_decoder"][1] > 0
     with pytest.raises(ValueError, match="train_vision_tower"):
         training.add_adapter(model, "lora", train_vision_tower=True)
+
+
+@pytest.mark.parametrize("family", ["convnextv2", "swin", "resnet", "hiera", "mobilenet_v2"])
+def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, family):
+    """One without a gradient would stop training in several processes: parts behind the last map are frozen."""
+    model, processor = make_tiny_model(vision=family, image_size=32, image_grid=4, mask_grid=8, feature_size=24)
+    training.add_adapter(model, "full", train_vision_tower=True).train()
+    assert "vision_stages" in own_modules(model)
+    model(**PerceptionCollator(processor)(drawn_rows(1))).loss.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not without and len(frozen) < 5
+    assert any("conv_1x1" in name for name in frozen) == (family == "mobilenet_v2")
+
+
+@pytest.mark.parametrize("mode", ["heads", "lora", "full"])
+def test_what_trains_is_float32(tiny_model_dir, coco_folder, tmp_path, capsys, mode):
+    """Over bfloat16 weights, and computed in bfloat16: updates below a bfloat16's resolution are kept."""
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir, "dtype": "bfloat16"}, mode, max_steps=2)
+    recipe["training"] |= {"learning_rate": 1e-6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    computed, trained = set(), []
+
+    class Watched(PerceptionTrainer):
+        def training_step(self, model, *args, **kwargs):
+            modules = dict(model.named_modules())
+            if not trained:
+                (mlp,) = (module for name, module in modules.items() if name.endswith("language_model.layers.0.mlp"))
+                mlp.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+            trained.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+            return super().training_step(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "PerceptionTrainer", Watched)
+        training.train(recipe, tmp_path)
+    assert computed == {torch.bfloat16}
+    assert {value.dtype for value in trained[0].values()} == {torch.float32}
+    moments = torch.load(tmp_path / "checkpoint-2/optimizer.pt")["state"].values()
+    assert {moment[name].dtype for moment in moments for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    first, second = ([value for name, value in step.items() if "projector" in name] for step in trained)
+    moved = torch.cat([(a != b).flatten() for a, b in zip(first, second, strict=True)]).float().mean()
+    assert moved > 0.9  # each by about 1e-6, of weights of about 0.1
+    table = capsys.readouterr().out
+    assert "dtype of what trains" in table and "float32" in table and "bfloat16" not in table
+    # What is saved has the dtype that was asked for; signals stay float32.
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["lm_head.weight"].dtype == saved["model.multi_modal_projector.linear_1.weight"].dtype == torch.bfloat16
+    assert saved["model.box_decoder.linear_1.weight"].dtype == torch.float32
+
+
+def test_smoothed_labels_are_refused(coco_folder):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not supported"):
+        make_recipe(coco_folder, {"checkpoint": "x"}, label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize(("layers", "hidden", "mlp", "heads"), [(32, 4096, 11008, 32), (40, 5120, 13824, 40)])

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.schema import DIRECT_TASKS, decode_rle
+from perceptiongpt.data.schema import DIRECT_TASKS, decode_rle, row_to_messages
+from perceptiongpt.inference import answer
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
 
 
@@ -42,6 +43,19 @@ def score_answer(row: dict, result: dict) -> list[float]:
             target, mask = decode_rle(mask).astype(bool), np.asarray(found[0]["mask"], dtype=bool)
             scores["mask_miou"] = float((target & mask).sum() / (target | mask).sum())
     return [scores[name] for name in SCORES]
+
+
+def answer_and_score(model, processor, rows: list[dict], **generate_kwargs) -> list[list[float]]:
+    """Let a model answer the last prompt of each row; the `SCORES` of each answer."""
+    results = answer(
+        model,
+        processor,
+        [row_to_messages(row)[:-1] for row in rows],
+        [(row["height"], row["width"]) for row in rows],
+        mask_format="bool",
+        **generate_kwargs,
+    )
+    return [score_answer(row, result) for row, result in zip(rows, results, strict=True)]
 
 
 def mean_scores(sums: list[float]) -> dict[str, float]:

@@ -13,10 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator, answer_slots
 from perceptiongpt.data.mixtures import Mixture, MixtureCollator
-from perceptiongpt.data.schema import row_to_messages
-from perceptiongpt.inference import answer
 from perceptiongpt.signals_perceptiongpt import SIGNALS
-from perceptiongpt.training.answers import SCORES, mean_scores, score_answer
+from perceptiongpt.training.answers import SCORES, answer_and_score, mean_scores
 from perceptiongpt.training.datasets import stream_file
 
 
@@ -27,6 +25,7 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
 }
+HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "hub_token")
 
 
 def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
@@ -41,7 +40,9 @@ def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
         "dataloader_pin_memory": has_accelerator,
         "disable_tqdm": not sys.stderr.isatty(),  # a log file would get a line a step
     }
-    return TrainingArguments(**{**settings, **recipe["training"], "output_dir": str(output)})
+    # Publishing is not the library's: it would upload checkpoints while they change. `train` does it at the end.
+    given = {key: value for key, value in recipe["training"].items() if key not in HUB_SETTINGS}
+    return TrainingArguments(**{**settings, **given, "output_dir": str(output)})
 
 
 def signal_plurals(config) -> dict[str, str]:
@@ -239,23 +240,21 @@ class PerceptionTrainer(Trainer):
         for start in range(0, per_process, step):
             chosen = indices[start : start + step]
             batch = [rows[min(index, len(rows) - 1)] for index in chosen]
-            for index, row, result in zip(chosen, batch, self._answer(model, batch), strict=True):
+            for index, scores in zip(chosen, self._answer_and_score(model, batch), strict=True):
                 if index < len(rows):
-                    sums += torch.tensor(score_answer(row, result)).to(sums)
+                    sums += torch.tensor(scores).to(sums)
         model.train(was_training)
         return mean_scores(self.accelerator.reduce(sums, "sum").tolist())
 
-    def _answer(self, model, rows: list[dict]) -> list[dict]:
+    def _answer_and_score(self, model, rows: list[dict]) -> list[list[float]]:
         native = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         dtype = native or self.compute_dtype
         # `generate` encodes images outside of `forward`, where accelerate's own autocast does not reach.
         with torch.autocast(self.args.device.type, dtype=dtype) if dtype else nullcontext():
-            return answer(
+            return answer_and_score(
                 model,
                 self.processing_class,
-                [row_to_messages(row)[:-1] for row in rows],
-                [(row["height"], row["width"]) for row in rows],
-                mask_format="bool",
+                rows,
                 max_new_tokens=self.generate_tokens,
                 synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             )
