@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from backbones import TINY_SIGNALS
 from drawn_rows import drawn_coco_folder, drawn_rows
-from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
+from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
 from perceptiongpt.data.schema import decode_rle
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 from perceptiongpt.training.adapters import own_modules, parameter_table
 from perceptiongpt.training.answers import mean_scores, score_answer
 from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe
@@ -33,7 +34,7 @@ from perceptiongpt.training.trainer import TRAINING_DEFAULTS, PerceptionTrainer
 from processes import free_port, run_two_processes
 
 
-LOSS_TERMS = ("loss_lm", "loss_box", "loss_mask", "loss_iou")
+LOSS_TERMS = ("loss_lm", *(f"loss_{name}" for name in SIGNALS), "loss_iou")
 
 
 class KeepGradients(TrainerCallback):
@@ -227,9 +228,8 @@ def state_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("mode", "pack"), [("lora", None), ("full", 3)])
 def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_path, mode, pack):
-    arguments = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    if pack:
-        arguments["per_device_train_batch_size"] = 1
+    arguments = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    arguments["per_device_train_batch_size"] = 3 if pack else 8
     recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, mode, **arguments)
     recipe["collator"]["pack"] = pack
     recipe["adapter"]["dropout"] = 0.1  # the torch generator's state must come back too
@@ -241,7 +241,7 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
 
     class Kill(training.PerceptionTrainer):
         def training_step(self, *args, **kwargs):
-            if self.state.global_step == 6:
+            if self.state.global_step == 3:
                 raise Killed
             return super().training_step(*args, **kwargs)
 
@@ -260,15 +260,14 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("mode", ["lora", "heads"])
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("llama_tied", "lora"), ("llama_tied", "heads")])
 def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family, mode):
     model, processor = make_tiny_model(family)
     base = tmp_path / "base"
     model.save_pretrained(base)
     processor.save_pretrained(base)
     before = state_of(base)
-    recipe = make_recipe(coco_folder, {"checkpoint": str(base)}, mode, max_steps=20)
+    recipe = make_recipe(coco_folder, {"checkpoint": str(base)}, mode, max_steps=3)
     trainer = training.train(recipe, tmp_path / "run")
     after = state_of(tmp_path / "run")
     assert before.keys() == after.keys()
@@ -386,8 +385,8 @@ def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):
             model=model, args=args, data_collator=PerceptionCollator(processor), processing_class=processor
         )
         counts.append(trainer.count_targets([batch]).tolist())
-    # Per picture 1 + 1 + 1 + 3 answers; the second has no mask, the third's box is its mask's.
-    assert counts[0] == counts[1] and counts[0][1:] == [12, 10]
+    # Per image 1 + 1 + 1 + 3 answers; the second has no mask, the third's box is its mask's.
+    assert counts[0] == counts[1] and counts[0][1:3] == [12, 10]
 
 
 def test_coordinates_stay_float32_where_inputs_are_cast(tiny_model_dir, tmp_path, monkeypatch):
@@ -436,7 +435,7 @@ def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, f
     assert any("conv_1x1" in name for name in frozen) == (family == "mobilenet_v2")
 
 
-@pytest.mark.parametrize("mode", ["heads", "lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
 def test_what_trains_is_float32(tiny_model_dir, coco_folder, tmp_path, capsys, mode):
     """Over bfloat16 weights, and computed in bfloat16: updates below a bfloat16's resolution are kept."""
     recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir, "dtype": "bfloat16"}, mode, max_steps=2)
@@ -473,18 +472,6 @@ def test_what_trains_is_float32(tiny_model_dir, coco_folder, tmp_path, capsys, m
 def test_smoothed_labels_are_refused(coco_folder):
     with pytest.raises(ValueError, match="label_smoothing_factor is not supported"):
         make_recipe(coco_folder, {"checkpoint": "x"}, label_smoothing_factor=0.1)
-
-
-@pytest.mark.parametrize(("layers", "hidden", "mlp", "heads"), [(32, 4096, 11008, 32), (40, 5120, 13824, 40)])
-def test_shares_of_trainable_parameters_at_vicuna_shapes(layers, hidden, mlp, heads):
-    text = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064}
-    for targets, limit in ((LORA_TARGETS, 0.029), (("q_proj", "v_proj"), 0.015)):
-        with torch.device("meta"):
-            model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=dict(text)))
-            model = training.add_adapter(model, "lora", rank=32, target_modules=targets)
-        _, trainable, total = parameter_table(model)[-1]
-        assert 0 < trainable / total <= limit
 
 
 def test_scores_of_answers():
