@@ -18,7 +18,8 @@ try:
 except ImportError:  # only polygons that come in and RLE that goes out need it
     coco_mask = None
 
-OVERHANG = 1.0  # pixels by which an annotation may leave its picture: rounding, not a mistake
+OVERHANG = 1.0  # pixels by which an annotation may leave its image: rounding, not a mistake
+INTERIOR_DEPTH = 0.25  # a click is at least this share of an object's depth away from its edge
 
 
 def letterbox(height: int, width: int) -> tuple[int, int, int]:
@@ -132,6 +133,33 @@ def clip_box(box, height: float, width: float) -> list[float]:
     return clipped
 
 
+def clip_point(point, height: float, width: float) -> list[float]:
+    """
+    Checks one point and clips what overhangs a `(height, width)` image by at most one pixel. (A size that is not known
+    is infinite.)
+
+    Returns:
+        `list[float]`: x and y in pixels inside the image.
+
+    Raises:
+        ValueError: not two finite numbers, or further outside the image.
+    """
+    expected = f"expected [x, y] in pixels with x <= {width} and y <= {height}"
+    try:
+        values = [float(value) for value in point]
+    except (TypeError, ValueError, OverflowError):
+        values = []
+    if len(values) != 2:
+        raise ValueError(f"point {point!r:.200} is not two numbers; {expected}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"point {values} is not finite; {expected}")
+    x, y = values
+    overhang = max(-x, -y, x - width, y - height)
+    if overhang > OVERHANG:
+        raise ValueError(f"point {values} lies {overhang:g} px outside the {width} x {height} image; {expected}")
+    return [min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))]
+
+
 def box_iou(boxes, other_boxes) -> np.ndarray:
     """IoU of xyxy boxes `(..., 4)` (arrays or lists) in continuous coordinates, broadcast as numpy does."""
     boxes, other_boxes = np.asarray(boxes, dtype=np.float64), np.asarray(other_boxes, dtype=np.float64)
@@ -145,6 +173,73 @@ def tight_box(mask: np.ndarray) -> list[float]:
     """The smallest box, xyxy pixels, around a `(height, width)` bool mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
+
+
+def mask_depth(mask: np.ndarray) -> np.ndarray:
+    """
+    How deep each pixel lies inside a mask: the exact Euclidean distance from its centre to that of the nearest pixel
+    outside. What lies beyond the image is outside.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, float64: 0 outside, at least 1 inside.
+    """
+    height, width = mask.shape
+    # Down each column first: the distance to the nearest pixel outside above or below.
+    rows = np.arange(height, dtype=np.int32)[:, None]
+    above = np.maximum.accumulate(np.where(mask, np.int32(-1), rows), axis=0)
+    below = np.minimum.accumulate(np.where(mask, np.int32(height), rows)[::-1], axis=0)[::-1]
+    column_squared = np.minimum(rows - above, below - rows) ** 2
+    # Then from column to column, as far as a pixel outside can still be the nearest to any pixel.
+    padded = np.pad(column_squared, ((0, 0), (width, width)))
+    squared = column_squared.copy()
+    for offset in range(1, width + 1):
+        if offset**2 >= squared.max():
+            break
+        for start in (width - offset, width + offset):
+            np.minimum(squared, padded[:, start : start + width] + offset**2, out=squared)
+    return np.sqrt(squared)
+
+
+def deepest_pixel(mask: np.ndarray) -> list[float]:
+    """
+    The point of a mask that is farthest from its edge, where one would point at the object: of equally deep pixels the
+    one nearest to the middle of all its pixels.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool, not empty.
+
+    Returns:
+        `list[float]`: [x, y], the pixel's centre.
+    """
+    x0, y0, x1, y1 = map(int, tight_box(mask))
+    mask = mask[y0:y1, x0:x1]
+    depth = mask_depth(mask)
+    rows, columns = np.nonzero(depth == depth.max())
+    all_rows, all_columns = np.nonzero(mask)
+    nearest = np.argmin((rows - all_rows.mean()) ** 2 + (columns - all_columns.mean()) ** 2)
+    return [x0 + float(columns[nearest]) + 0.5, y0 + float(rows[nearest]) + 0.5]
+
+
+def interior_point(mask: np.ndarray, generator: np.random.Generator) -> list[float]:
+    """
+    A point as a user would click it: drawn evenly from the pixels of a mask that are not at its edge, those at least
+    `INTERIOR_DEPTH` as deep as the deepest.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool, not empty.
+        generator (`np.random.Generator`): where to draw from, one number.
+
+    Returns:
+        `list[float]`: [x, y], the pixel's centre.
+    """
+    x0, y0, x1, y1 = map(int, tight_box(mask))
+    depth = mask_depth(mask[y0:y1, x0:x1])
+    rows, columns = np.nonzero(depth >= INTERIOR_DEPTH * depth.max())
+    chosen = generator.integers(len(rows))
+    return [x0 + float(columns[chosen]) + 0.5, y0 + float(rows[chosen]) + 0.5]
 
 
 def decode_mask(mask, height: int, width: int) -> np.ndarray:

@@ -24,13 +24,11 @@ import numpy as np
 import pyarrow
 import torch
 from datasets import Features, List, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
-from transformers import AutoModelForMaskGeneration
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoModelForMaskGeneration, ImageProcessingMixin
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.collator import picture_key
@@ -44,6 +42,8 @@ from perceptiongpt.data.prepare import (
 )
 from perceptiongpt.data.schema import describe_row, row_features
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.geometry_perceptiongpt import encode_rle
+from perceptiongpt.images_perceptiongpt import read_image
 
 
 KEEPING_RATIO = ("sam", "sam_hq")  # resize the longer side and pad; the later ones stretch both
@@ -100,7 +100,7 @@ class MaskLabeller:
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """A picture as the model's input, float32 (3, side, side)."""
         width, height = self.resized_size(*image.size)
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        resized = read_image(image).resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
         padding = (0, self.side - width, 0, self.side - height)
         return torch.nn.functional.pad((pixels - self.mean) / self.std, padding)
@@ -130,8 +130,7 @@ class MaskLabeller:
                 output = self.model(**features, input_boxes=prompts, multimask_output=False)
                 masks = self._to_picture(output.pred_masks[0, :, :1].float(), width, height, image.size)
                 for mask, iou in zip(masks, output.iou_scores[0, :, 0].float().tolist(), strict=True):
-                    rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
-                    results[-1].append(({"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}, iou))
+                    results[-1].append((encode_rle(mask.cpu().numpy()), iou))
         return results
 
     def _features_of(self, encoded, index: int) -> dict:
@@ -215,8 +214,8 @@ def _open_picture(row: dict) -> Image.Image:
     if isinstance(row["image"], list):
         raise ValueError(f"{describe_row(row)}: has several images; it is not known which of them a box is on")
     if row["image"] is None:
-        raise ValueError(f"{describe_row(row)}: was prepared without its picture")
-    return ImageFeature(mode="RGB").decode_example(row["image"])
+        raise ValueError(f"{describe_row(row)}: was prepared without its image")
+    return read_image(row["image"], describe_row(row))
 
 
 def label_masks(

@@ -35,10 +35,11 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, picture_size
-from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
+from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_slots, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
+    default_split,
     prepared_files,
     raw_rows,
     source_arguments,
@@ -49,6 +50,7 @@ from perceptiongpt.data.sources import (
 ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
 EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
+COUNTED = ("rows", "boxes", "masks", "points")  # per task
 UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
 CARD = """---
 configs:
@@ -65,7 +67,7 @@ def prepare(
     source: str,
     output: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     pictures: str = "path",
     num_proc: int = 1,
     on_error: str = "raise",
@@ -78,7 +80,7 @@ def prepare(
     Args:
         source: one of `data.sources.SOURCES`.
         output: the folder to write to; other splits may be there already.
-        split: handed to the source; also what the files are called.
+        split: handed to the source, and what the files are called; None: the source's own default.
         pictures: `path` (the shards name the files), `embed` (they hold them) or `none`.
         num_proc: processes that check rows, open pictures and write; the source itself is read by one.
         on_error: `raise` at the first bad record, or `skip` and count it.
@@ -95,6 +97,7 @@ def prepare(
     if pictures not in ROWS_PER_SHARD or on_error not in ("raise", "skip"):
         raise ValueError(f"pictures {pictures!r} is one of path, embed, none; on_error {on_error!r} of raise, skip")
     rows_per_shard = rows_per_shard or ROWS_PER_SHARD[pictures]
+    split = default_split(source) if split is None else split
     if min(num_proc, rows_per_shard) < 1:
         raise ValueError(f"num_proc {num_proc} and rows_per_shard {rows_per_shard} must be at least 1")
     if not re.fullmatch(r"\w[\w.+-]*", split):
@@ -256,6 +259,7 @@ class _Summary:
         self.images.add(_short_digest(f"{row['source']}/{row['image_id']}"))
         given = {"rows": 1, "boxes": len(row["boxes"]) - row["boxes"].count(None)}
         given["masks"] = len(row["masks"]) - row["masks"].count(None)
+        given["points"] = len(row["points"]) - row["points"].count(None)
         self.tasks[row["task"]] = dict(Counter(given) + Counter(self.tasks.get(row["task"], {})))
 
     def add(self, report: dict) -> None:
@@ -263,13 +267,16 @@ class _Summary:
         self.clipped += report["clipped"]
         self.images.update(report["image_digests"])
         for task, counts in report["tasks"].items():
+            counts = {key: counts.get(key, 0) for key in COUNTED}
             self.tasks[task] = dict(Counter(counts) + Counter(self.tasks.get(task, {})))
         self.problems.update(Problems(True, counts=Counter(report["left_out"]), examples=report["examples"]))
 
     def as_dict(self, with_images: bool = False) -> dict:
+        left_out = self.problems.by_task
         tasks = {
-            task: {key: self.tasks[task].get(key, 0) for key in ("rows", "boxes", "masks")}
-            for task in sorted(self.tasks)
+            task: {key: self.tasks.get(task, {}).get(key, 0) for key in COUNTED}
+            | ({"left_out": dict(sorted(left_out[task].items()))} if task in left_out else {})
+            for task in sorted({*self.tasks, *left_out})
         }
         summary = {"rows": self.rows, "images": len(self.images), "clipped": self.clipped, "tasks": tasks}
         summary |= {"left_out": dict(sorted(self.problems.counts.items())), "examples": self.problems.examples}
@@ -372,11 +379,14 @@ def dataset_card(summary: dict) -> str:
 def print_summary(split: str, summary: dict) -> None:
     """Print what `prepare` returned."""
     print(f"{split}: {summary['rows']:,} rows about {summary['images']:,} images in {summary['shards']} shards")
-    print(f"  {'task':<20}{'rows':>12}{'boxes':>12}{'masks':>12}")
+    print(f"  {'task':<20}" + "".join(f"{key:>12}" for key in COUNTED))
     for task, counts in summary["tasks"].items():
-        print(f"  {task:<20}{counts['rows']:>12,}{counts['boxes']:>12,}{counts['masks']:>12,}")
+        print(f"  {task:<20}" + "".join(f"{counts.get(key, 0):>12,}" for key in COUNTED))
     if summary["clipped"]:
-        print(f"  {summary['clipped']:,} boxes overhung their picture by at most a pixel and were clipped")
+        print(f"  {summary['clipped']:,} boxes and points overhung their image by at most a pixel and were clipped")
+    for task, counts in summary["tasks"].items():
+        for reason, count in counts.get("left_out", {}).items():
+            print(f"  no row of {task}: {count:,} x {reason}")
     for reason, count in summary["left_out"].items():
         print(f"  left out: {count:,} x {reason}")
         examples = [example for example in summary["examples"] if example.startswith(f"{reason}: ")]
@@ -420,18 +430,19 @@ def draw_row(row: dict):
 
     Without a picture at hand they are drawn on grey.
     """
-    from datasets import Image as ImageFeature
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
     from perceptiongpt.drawing import draw_objects
+    from perceptiongpt.geometry_perceptiongpt import tight_box
+    from perceptiongpt.images_perceptiongpt import read_image
 
     stored = row_images(row)[0]
     if stored is None:
         size = (row["width"], row["height"]) if row["width"] else UNKNOWN_SIZE
         image = Image.new("RGB", size, "#B0B0B0")
     else:
-        image = ImageFeature(mode="RGB").decode_example(stored) if isinstance(stored, dict) else stored
+        image = read_image(stored, describe_row(row))
     lines, number = [], 0
     for message in row["messages"]:
         first, *others = message["content"].replace(IMAGE_TOKEN, "").split(VIS_TOKEN)
@@ -440,16 +451,16 @@ def draw_row(row: dict):
             first += f"[{number}]{other}"
         first = first.replace(PHRASE_START_TOKEN, "").replace(PHRASE_END_TOKEN, " ")
         lines.append(f"{'Q' if message['role'] == 'user' else 'A'}: {first}")
-    objects = [
-        {"box": box, "mask": mask, "phrase": f"[{index}]", "score": None}
-        for index, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True), 1)
-    ]
-    for found in objects:
-        if found["box"] is None:
-            from pycocotools import mask as coco_mask
-
-            x, y, width, height = coco_mask.toBbox({**found["mask"], "counts": found["mask"]["counts"].encode()})
-            found["box"] = [x, y, x + width, y + height]
+    objects = []
+    radius = max(image.size) / 100
+    for number, slot in enumerate(row_slots(row), 1):
+        box, mask, point = slot.get("box"), slot.get("mask"), slot.get("point")
+        if point is not None:
+            disc = [point[0] - radius, point[1] - radius, point[0] + radius, point[1] + radius]
+            ImageDraw.Draw(image).ellipse(disc, fill="red", outline="white")
+        if box is None:
+            box = disc if mask is None else tight_box(decode_rle(mask))
+        objects.append({"box": box, "mask": mask, "phrase": f"[{number}]", "score": None})
     return draw_objects(image, {"objects": objects}, caption=f"{row['task']} | " + " | ".join(lines))
 
 
@@ -468,12 +479,18 @@ def _takes_several(parameter: inspect.Parameter) -> bool:
 
 def _source_epilog(name: str, summary: str, entries: dict[str, str]) -> str:
     """What `--help` says of a source: what it reads and makes, and what the options for every source mean to it."""
-    said = {}
+    said, default = {}, f" Default: {default_split(name)}."
+    entries = {"split": "picks the files, and is what the column `split` says."} | entries
     for argument in COMMON_ARGUMENTS:
         if argument in entries and argument != "problems":  # which is --on_error
             said.setdefault(entries[argument], []).append(argument)
     lines = [
-        textwrap.fill(f"{', '.join(arguments)}: {entry}", 100, initial_indent="  ", subsequent_indent="      ")
+        textwrap.fill(
+            f"{', '.join(arguments)}: {entry}{default if 'split' in arguments else ''}",
+            100,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
         for entry, arguments in said.items()
     ]
     return "\n".join([f"the source {name}:", "", summary, "", *lines])
@@ -491,7 +508,7 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
     parser.add_argument("--root", metavar="DIR", help="the folder with the data set as its authors pack it")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--split", nargs="+", default=["train"], help="one or more splits")
+    parser.add_argument("--split", nargs="+", help="one or more splits (default: the source's own, see its --help)")
     parser.add_argument("--images", metavar="DIR", help="the folder of the pictures, if it is elsewhere")
     parser.add_argument("--annotations", nargs="+", metavar="FILE", help="annotation files that are elsewhere")
     parser.add_argument("--tasks", nargs="+", help="only these of the source's tasks")
@@ -560,7 +577,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for name, value in common.items():
             if value is not None and name not in takes:
                 raise ValueError(f"source {options.source!r} takes no --{name}")
-        for split in options.split:
+        for split in options.split or [default_split(options.source)]:
             summary = prepare(
                 options.source,
                 options.output,

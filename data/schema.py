@@ -1,4 +1,4 @@
-"""The one row schema: a conversation about its image or images, with one box and/or mask per `<vis>`.
+"""The one row schema: a conversation about its image or images, with at least one signal per `<vis>`.
 
 A row is a dictionary with the columns of `row_features`:
 
@@ -8,6 +8,7 @@ A row is a dictionary with the columns of `row_features`:
 | `messages` | list of {`role`, `content`}; `<image>` opens the first user turn, once per image; a `<vis>` per signal |
 | `boxes` | per `<vis>`, in reading order: xyxy in absolute pixels of the original image, or None |
 | `masks` | per `<vis>`: {`size`: [height, width], `counts`: str}, compressed COCO RLE, or None |
+| `points` | per `<vis>`: [x, y] in absolute pixels of the original image, or None; the column may be missing |
 | `task` | one of `TASKS` |
 | `source`, `image_id`, `split` | strings |
 | `width`, `height` | of the (first) original image, pixels |
@@ -15,13 +16,16 @@ A row is a dictionary with the columns of `row_features`:
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 from datasets import Features, Image, List, Value
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.geometry_perceptiongpt import clip_box as clip_to_picture
-from perceptiongpt.geometry_perceptiongpt import rle_runs as read_rle_runs
+from perceptiongpt.geometry_perceptiongpt import decode_mask
+from perceptiongpt.images_perceptiongpt import read_image
+from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
 TASKS = (
@@ -37,20 +41,33 @@ TASKS = (
     "grounded_vqa",
     "reasoning",
     "dialogue",
+    "point",
+    "point_all",
+    "point_to_mask",
 )
-DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target")
+POINT_TASKS = ("point", "point_all", "point_to_mask")
+DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
 MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
+
+
+class RowImage(Image):
+    """A `datasets.Image` that is read as every other image is: transparency on white, where `datasets` drops it."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        return read_image(value)
+
+    def __eq__(self, other) -> bool:  # so that data sets of both kinds can be concatenated
+        return isinstance(other, Image) and vars(self) == vars(other)
 
 
 def row_features(several_images: bool = False) -> Features:
     """The `datasets.Features` of the schema; `several_images` makes `image` a list of images."""
-    image = Image(mode="RGB")
+    image = RowImage(mode="RGB")
     return Features(
         {
             "image": List(image) if several_images else image,
             "messages": List({"role": Value("string"), "content": Value("string")}),
-            "boxes": List(List(Value("float64"))),
-            "masks": List({"size": List(Value("int32")), "counts": Value("string")}),
+            **{signal.plural: List(_feature(signal.column)) for signal in SIGNALS.values()},
             "task": Value("string"),
             "source": Value("string"),
             "image_id": Value("string"),
@@ -61,7 +78,39 @@ def row_features(several_images: bool = False) -> Features:
     )
 
 
+def _feature(column):
+    """The type of a signal's column, `Signal.column`, as a feature."""
+    if isinstance(column, str):
+        return Value(column)
+    if isinstance(column, list):
+        return List(_feature(column[0]))
+    return {key: _feature(value) for key, value in column.items()}
+
+
 COLUMNS = tuple(row_features())
+# Rows and files from before there was a signal lack its column.
+_LATER = {signal.plural for name, signal in SIGNALS.items() if name not in FIRST_SIGNALS}
+REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column not in _LATER)
+
+
+def _given_columns(row: dict) -> dict[str, list]:
+    """The columns of a row by signal, without those of later signals that hold no value at all."""
+    columns = {name: row.get(signal.plural) for name, signal in SIGNALS.items()}
+    return {
+        name: values
+        for name, values in columns.items()
+        if name in FIRST_SIGNALS or any(value is not None for value in values or [])
+    }
+
+
+def row_slots(row: dict) -> list[dict]:
+    """The values of each `<vis>` of a row that are not None, by the signal's name."""
+    columns = _given_columns(row)
+    if len({len(values) for values in columns.values()}) > 1:
+        found = ", ".join(f"{len(values)} {SIGNALS[name].plural}" for name, values in columns.items())
+        raise ValueError(f"{describe_row(row)}: {found}; expected one of each, or None, per {VIS_TOKEN}")
+    slots = (zip(columns, values) for values in zip(*columns.values(), strict=True))
+    return [{name: value for name, value in slot if value is not None} for slot in slots]
 
 
 def row_images(row: dict) -> list:
@@ -73,12 +122,13 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes a `box`, a `mask` or a `region` (both) item, as its slot says. `<p>..</p>` stays in the text.
+    `<vis>` becomes an item of the signal in its slot, or a `region` item where there are several. `<p>..</p>` stays in
+    the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
     """
-    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], strict=True))
+    images, slots = row_images(row), row_slots(row)
     contents = [message["content"] for message in row["messages"]]
     for token, values in ((IMAGE_TOKEN, images), (VIS_TOKEN, slots)):
         found = sum(content.count(token) for content in contents)
@@ -92,9 +142,8 @@ def row_to_messages(row: dict) -> list[dict]:
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
             elif piece == VIS_TOKEN:
-                box, mask = next(slots)
-                given = {name: value for name, value in (("box", box), ("mask", mask)) if value is not None}
-                items.append({"type": "region" if len(given) == 2 else next(iter(given)), **given})
+                given = next(slots)
+                items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
             elif piece:
                 items.append({"type": "text", "text": piece})
         messages.append({"role": message["role"], "content": items})
@@ -117,14 +166,14 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
             be unknown (0 x 0).
 
     Returns:
-        The row with its boxes as floats, clipped to the image, and how many boxes overhung the image by at most
-        one pixel and were clipped.
+        The row with all columns, its coordinates as floats, clipped to the image; and how many boxes and points
+        overhung the image by at most one pixel and were clipped.
 
     Raises:
         ValueError: naming the row, the value and what was expected.
     """
     name = describe_row(row, index)
-    missing = [column for column in COLUMNS if column not in row]
+    missing = [column for column in REQUIRED_COLUMNS if column not in row]
     if missing:
         raise ValueError(f"{name}: missing columns {missing}")
     if row["task"] not in TASKS:
@@ -137,18 +186,19 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     if not several and not unknown:
         check_size(row["width"], row["height"], name)
 
-    boxes, clipped = [], 0
-    for slot, (box, mask) in enumerate(zip(row["boxes"], row["masks"], strict=True)):
-        if box is None and mask is None:
-            raise ValueError(f"{name}: slot {slot} has neither box nor mask")
-        if box is not None:
-            size = (math.inf, math.inf) if several else (row["width"], row["height"])
-            box, was_clipped = clip_box(box, *size, name=f"{name}, slot {slot}")
-            clipped += was_clipped
-        if mask is not None:
-            _validate_mask(mask, None if several else [row["height"], row["width"]], f"{name}, slot {slot}")
-        boxes.append(box)
-    return {**row, "boxes": boxes}, clipped
+    height, width = (math.inf, math.inf) if several else (row["height"], row["width"])
+    columns, clipped = {signal.plural: [] for signal in SIGNALS.values()}, 0
+    for index, slot in enumerate(row_slots(row)):
+        if not slot:
+            raise ValueError(f"{name}: slot {index} has none of {', '.join(SIGNALS)}")
+        for key, signal in SIGNALS.items():
+            value = slot.get(key)
+            if value is not None:
+                with naming(f"{name}, slot {index}"):
+                    value, was_clipped = signal.check_column(value, height, width)
+                clipped += was_clipped
+            columns[signal.plural].append(value)
+    return {**row, **columns}, clipped
 
 
 def check_unicode(text, name: str) -> None:
@@ -168,20 +218,13 @@ def check_size(width, height, name: str) -> None:
         raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
 
 
-def clip_box(box_xyxy_pixels, width: float, height: float, name: str) -> tuple[list[float], bool]:
-    """Check one xyxy box in pixels against an image of `width` x `height`; clip an overhang of at most one pixel.
-
-    Returns:
-        The box as floats, and whether it was clipped.
-
-    Raises:
-        ValueError: if it has not four finite numbers, no area, or overhangs by more than a pixel.
-    """
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a name before the message of a `ValueError` raised inside."""
     try:
-        clipped = clip_to_picture(box_xyxy_pixels, height, width)
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return clipped, clipped != [float(value) for value in box_xyxy_pixels]
 
 
 def _validate_messages(row: dict, name: str, with_images: bool) -> None:
@@ -202,11 +245,10 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
         )
     slots = sum(content.count(VIS_TOKEN) for content in contents)
-    if not slots == len(row["boxes"]) == len(row["masks"]):
-        raise ValueError(
-            f"{name}: {slots} {VIS_TOKEN} in the messages, {len(row['boxes'])} boxes and {len(row['masks'])} masks; "
-            "expected as many of each"
-        )
+    counts = {SIGNALS[key].plural: len(values) for key, values in _given_columns(row).items()}
+    if set(counts.values()) != {slots}:
+        listed = ", ".join(f"{count} {column}" for column, count in counts.items())
+        raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {listed}; expected as many of each")
     for content in contents:
         tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
         if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
@@ -218,31 +260,6 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
 
 
-def _validate_mask(mask: dict, size: list[int] | None, name: str) -> None:
-    if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
-        raise ValueError(f"{name}: mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
-    if size is not None and list(mask["size"]) != size:
-        raise ValueError(f"{name}: mask of size {list(mask['size'])}, expected [height, width] = {size}")
-    decode_rle(mask, name)
-
-
-def decode_rle(mask: dict, name: str = "mask"):
-    """Decode a compressed COCO RLE into a uint8 array (height, width); `ValueError` if it is broken or empty."""
-    height, width = (int(side) for side in mask["size"])
-    runs = rle_runs(mask["counts"], name)
-    if sum(runs) != height * width or min(runs) < 0:
-        raise ValueError(f"{name}: run lengths sum up to {sum(runs)}, expected {height} x {width} = {height * width}")
-    if sum(runs[1::2]) == 0:
-        raise ValueError(f"{name}: the mask is empty")
-    return coco_mask.decode({"size": [height, width], "counts": mask["counts"].encode("ascii")})
-
-
-def rle_runs(counts: str, name: str = "mask") -> list[int]:
-    """`geometry_perceptiongpt.rle_runs` with errors that name the row."""
-    try:
-        runs = read_rle_runs(counts)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not runs:
-        raise ValueError(f"{name}: the RLE string is empty")
-    return runs
+def decode_rle(mask: dict) -> np.ndarray:
+    """A mask of the schema as a bool array (height, width); `ValueError` if it is broken or empty."""
+    return decode_mask(mask, *mask["size"])

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetInfo, Features, load_dataset
+from pyarrow import nulls
 from pyarrow.parquet import read_schema
 from pyarrow.types import is_list
 
@@ -67,6 +68,11 @@ def source_arguments(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(source_function(name)).parameters)
 
 
+def default_split(name: str) -> str:
+    """The split that a source takes if none is named: `test` for a test set, else mostly `train`."""
+    return source_arguments(name)["split"].default
+
+
 def source_help(name: str) -> tuple[str, dict[str, str]]:
     """What the docstring of a source says: (what it yields, what each of its arguments means)."""
     function = source_function(name)
@@ -106,18 +112,22 @@ def _read_docstring(function: Callable, asked: tuple = ()) -> tuple[str, dict[st
 
 
 def raw_rows(name: str, **arguments) -> Iterator[dict]:
-    """The rows of a source before they are checked.
+    """The rows of a source before they are checked. Without a `root`, it is the folder of the annotations.
 
     Raises:
-        ValueError: for an argument that the source does not take, or a `root` that it needs.
+        ValueError: for an argument that the source does not take, or if it gets neither `root` nor `annotations`.
     """
     known = source_arguments(name)
     if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(f"source {name!r} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
-    if known["root"].default is inspect.Parameter.empty and arguments.get("root") is None:
-        raise ValueError(f"source {name!r} needs a root: the folder with the files of that data set")
-    if isinstance(arguments.get("annotations"), str):
+    if isinstance(arguments.get("annotations"), (str, Path)):
         arguments["annotations"] = [arguments["annotations"]]
+    if known["root"].default is inspect.Parameter.empty and arguments.get("root") is None:
+        if not arguments.get("annotations"):
+            also = ", or annotations: the files themselves" if "annotations" in known else ""
+            raise ValueError(f"source {name!r} needs a root: the folder with the files of that data set{also}")
+        first = Path(arguments["annotations"][0])
+        arguments["root"] = first if first.is_dir() else first.parent
     if isinstance(arguments.get("tasks"), str):
         arguments["tasks"] = [arguments["tasks"]]
     return source_function(name)(arguments.pop("root", None), **arguments)
@@ -144,9 +154,18 @@ def load_source(source: str = "coco", **arguments) -> Dataset:
     features = row_features()
     if source == "parquet":
         files = prepared_files(**arguments)
-        several = is_list(read_schema(files[0]).field("image").type)
-        features = row_features(several)  # and no further columns, such as those of label_masks
-        return load_dataset("parquet", data_files=files, split="train", features=features, columns=list(features))
+        schema = read_schema(files[0])
+        several = is_list(schema.field("image").type)
+        features = row_features(several)
+        there = {name: features[name] for name in features if name in schema.names}  # no others, such as label_masks'
+        dataset = load_dataset(
+            "parquet", data_files=files, split="train", features=Features(there), columns=list(there)
+        )
+        table = dataset.data
+        for name in set(features) - set(there):  # points, in a folder from before there were any
+            table = table.append_column(name, nulls(len(dataset), features.arrow_schema.field(name).type))
+        # Made anew, since the cache knows a plain `datasets.Image` only.
+        return Dataset(table, DatasetInfo(features=features))
     found = list(rows(source, **arguments))
     return Dataset.from_dict({name: [row[name] for row in found] for name in features}, features=features)
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from perceptiongpt import inference
 from perceptiongpt.data.schema import row_to_messages
 from perceptiongpt.evaluation.loading import BROKEN_IMAGE_ERRORS
 from perceptiongpt.evaluation.predictions import read_entries
@@ -23,50 +24,17 @@ PARTS = "predictions.{:05d}.part"  # of each process, until the end
 GREY = (128, 128, 128)
 
 
-class Refused(ValueError):
-    """The processor does not accept a sample."""
-
-
 def no_answer(error: str | None) -> dict:
     """The prediction of a sample without an answer."""
     return {"text": None, "objects": [], "tokens": 0, "finished": True, "error": error}
 
 
-def model_inputs(model, processor, messages: list, **kwargs):
-    """The conversations as tensors on the model's device.
-
-    Raises:
-        Refused: a conversation cannot be processed.
-    """
-    try:
-        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    return inputs.to(model.device, model.dtype)
-
-
 def answer(model, processor, samples: list[dict], images: list[Image.Image], max_new_tokens: int) -> list[dict]:
     """The model's own greedy answers: {`text`, `objects`, `tokens`, `finished`, `error`} per sample."""
     messages = [row_to_messages({**sample, "image": image}) for sample, image in zip(samples, images, strict=True)]
-    output = model.generate(
-        **model_inputs(model, processor, messages, add_generation_prompt=True),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else -1])
-    is_end = torch.isin(output.sequences[:, output.prompt_length :].cpu(), ends)
-    return [
-        {
-            "text": result["text"],
-            "objects": result["objects"],
-            "tokens": int(end.int().argmax()) + 1 if end.any() else len(end),
-            "finished": bool(end.any()),
-            "error": None,
-        }
-        for result, end in zip(_results(processor, output, samples), is_end, strict=True)
-    ]
+    results = inference.answer(model, processor, messages, _sizes(samples), max_new_tokens=max_new_tokens)
+    kept = ("text", "objects", "tokens", "finished")
+    return [{**{name: result[name] for name in kept}, "error": None} for result in results]
 
 
 @torch.no_grad()
@@ -79,7 +47,7 @@ def answer_teacher_forced(model, processor, samples: list[dict], images: list[Im
         row = {**sample, "image": image, "messages": [*sample["messages"], turn]}
         row |= {column: sample[column] + true[column] for column in signal_columns(sample)}
         messages.append(row_to_messages(row))
-    inputs = model_inputs(model, processor, messages)
+    inputs = inference.prepare_inputs(model, processor, messages)
     is_slot = inputs["input_ids"] == processor.vis_token_id
     slots = int(is_slot.sum(1).max())
     if slots == 0:
@@ -105,12 +73,12 @@ def answer_teacher_forced(model, processor, samples: list[dict], images: list[Im
         "object_valid": valid,
         "positions": positions,
     }
-    return [no_answer(None) | {"objects": result["objects"]} for result in _results(processor, values, samples)]
+    results = processor.post_process_generation(values, target_sizes=_sizes(samples), mask_format="rle")
+    return [no_answer(None) | {"objects": result["objects"]} for result in results]
 
 
-def _results(processor, output, samples: list[dict]) -> list[dict]:
-    sizes = [(sample["height"], sample["width"]) for sample in samples]
-    return processor.post_process_generation(output, target_sizes=sizes, mask_format="rle")
+def _sizes(samples: list[dict]) -> list[tuple[int, int]]:
+    return [(sample["height"], sample["width"]) for sample in samples]
 
 
 def read_images(batch: list[dict], grey: bool) -> dict[str, Image.Image | str]:
@@ -134,7 +102,7 @@ def answer_batch(batch: list[dict], images: dict[str, Image.Image | str], answer
         if asked:
             found = answer_some(asked, [images[sample["id"]] for sample in asked])
             entries |= {sample["id"]: entry for sample, entry in zip(asked, found, strict=True)}
-    except Refused as error:
+    except inference.RefusedError as error:
         if len(asked) == 1:
             entries[asked[0]["id"]] = no_answer(f"refused by the processor: {error}")
         else:

@@ -1,7 +1,6 @@
 """One run over a benchmark: samples, predictions, numbers, files."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +21,7 @@ from perceptiongpt.evaluation.predictions import given_predictions, references
 from perceptiongpt.evaluation.results import Scorer
 from perceptiongpt.evaluation.samples import complete_options, describe_samples, is_scenes_bench, read_samples
 from perceptiongpt.evaluation.scenes_bench import bench_details
+from perceptiongpt.inference import checkpoint_hash
 
 
 RUN_FILE = "run.json"
@@ -189,18 +189,6 @@ def describe_run(options: argparse.Namespace, benchmark: Benchmark, samples: lis
     if options.predictions:
         return run | {"model": f"predictions in {options.predictions}"}
     return run | {"checkpoint_sha256": checkpoint_hash(options.model), "revision": hub_revision(options.model)}
-
-
-def checkpoint_hash(model: str) -> str | None:
-    """SHA-256 over the config and the weights of a checkpoint in a folder; None of one on the Hub."""
-    files = [
-        path for path in sorted(Path(model).glob("*")) if path.name == "config.json" or path.suffix == ".safetensors"
-    ]
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
 
 
 def hub_revision(model: str) -> str | None:

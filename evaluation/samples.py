@@ -163,8 +163,7 @@ def evaluation_prompt(task: str, prompt: str) -> tuple[str, str] | None:
 
 def read_sample_image(sample: dict) -> Image.Image:
     """The sample's image in RGB, upright."""
-    image = sample["image"]
-    return read_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+    return read_image(sample["image"])
 
 
 def describe_samples(samples: list[dict], folder: Path | None) -> Iterator[dict]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from perceptiongpt.data.scenes.dataset import bench_baselines, scene_details
+from perceptiongpt.data.scenes.bench import bench_baselines, scene_details
 from perceptiongpt.evaluation.intervals import share_interval
 from perceptiongpt.evaluation.results import Result
 

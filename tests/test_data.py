@@ -6,9 +6,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from drawn_rows import drawn_rows
@@ -20,8 +19,10 @@ from perceptiongpt.data.formats.coco import (
     refer_expressions,
     segmentation_to_rle,
 )
+from perceptiongpt.data.mixtures import Part
 from perceptiongpt.data.reading import Problems
-from perceptiongpt.data.schema import decode_rle, rle_runs, row_features, row_to_messages, validate_row
+from perceptiongpt.data.schema import POINT_TASKS, decode_rle, row_features, row_to_messages, validate_row
+from perceptiongpt.data.sources import load_source
 
 
 TINY_COCO = ("tiny_coco/annotations/instances_train2017.json", "tiny_coco/train2017")
@@ -48,6 +49,18 @@ def test_rows_go_through_datasets_and_come_back():
         assert {key: row[key] for key in row if key != "image"} == {key: same[key] for key in same if key != "image"}
 
 
+def test_files_from_before_there_were_points_are_read(tmp_path):
+    features = Features({name: feature for name, feature in row_features().items() if name != "points"})
+    rows = [{name: row[name] for name in features} for row in drawn_rows(1)]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    loaded = load_source("parquet", root=tmp_path)
+    assert loaded.features == row_features() and validate_row(loaded[3])[0]["points"] == [None] * 4
+    part = Part("drawn", [str(tmp_path / "train-00000-of-00001.parquet")])
+    assert validate_row(part.read(0, 3), with_images=False)[0]["points"] == [None] * 4
+    Dataset.from_list(list(loaded), features=row_features()).to_parquet(tmp_path / "val-00000-of-00001.parquet")
+    assert load_source("parquet", root=tmp_path, split="val")[3]["messages"] == loaded[3]["messages"]
+
+
 def test_messages_are_split_into_content_items():
     row = drawn_rows(1)[3]
     user, assistant = row_to_messages(row)
@@ -56,15 +69,39 @@ def test_messages_are_split_into_content_items():
     assert assistant["content"][0]["box"] == row["boxes"][1]
     grounded = changed(row, messages=[{"role": "user", "content": "<image>What?"}])
     grounded["messages"].append({"role": "assistant", "content": "A <p>red cup</p><vis>."})
-    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "task": "grounded_vqa"}
+    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "points": [None], "task": "grounded_vqa"}
+    pointed = changed(row, boxes=[None] * 4, points=[[3.5, 4.5], None, [1.0, 2.0], [0.0, 0.0]])
+    user, assistant = row_to_messages(pointed)
+    assert user["content"][2] == {"type": "point", "point": [3.5, 4.5]}
+    assert [item["type"] for item in assistant["content"]] == ["mask", "region", "region"]
+    assert assistant["content"][1] == {"type": "region", "mask": row["masks"][2], "point": [1.0, 2.0]}
     texts = [item.get("text") for item in row_to_messages(grounded)[1]["content"]]
     assert texts == ["A <p>red cup</p>", None, "."]
     with pytest.raises(ValueError, match="<vis>"):
         row_to_messages(changed(row, boxes=[], masks=[]))
+    pointed = changed(row, points=[[3.0, 4.0], None, [5.0, 6.0], None], boxes=[None, *row["boxes"][1:]])
+    user, assistant = row_to_messages(pointed)
+    assert user["content"][2] == {"type": "point", "point": [3.0, 4.0]}
+    assert assistant["content"][1] == {
+        "type": "region",
+        "box": row["boxes"][2],
+        "mask": row["masks"][2],
+        "point": [5.0, 6.0],
+    }
+
+
+def test_a_row_may_lack_the_column_of_points():
+    row = drawn_rows(1)[3]
+    without = {name: value for name, value in row.items() if name != "points"}
+    assert validate_row(without)[0] == validate_row(row)[0]
+    assert row_to_messages(without) == row_to_messages(row)
 
 
 def test_small_overhang_is_clipped_and_counted():
     row = drawn_rows(1)[0]
+    width = row["width"]
+    fixed, clipped = validate_row(changed(row, points=[[-0.5, 3]], boxes=[[0, 3, width, 9]]))
+    assert clipped == 1 and fixed["points"] == [[0.0, 3.0]]
     width = row["width"]
     fixed, clipped = validate_row(changed(row, boxes=[[-0.5, 3, width + 1.0, 9]]))
     assert clipped == 1 and fixed["boxes"] == [[0.0, 3.0, float(width), 9.0]]
@@ -83,8 +120,13 @@ def test_small_overhang_is_clipped_and_counted():
         ({"boxes": [[0, 0, 10**400, 4]]}, "four numbers"),
         ({"image_id": "\ud83d"}, "not Unicode"),
         ({"image_id": 7}, "not a string"),
-        ({"boxes": [None], "masks": [None]}, "neither box nor mask"),
+        ({"boxes": [None], "masks": [None]}, "slot 0 has none of box, mask, point"),
         ({"boxes": [], "masks": []}, "1 <vis> in the messages"),
+        ({"points": [[1, 2], None]}, "1 <vis> in the messages, but 1 boxes, 1 masks, 2 points"),
+        ({"points": [[1, 2, 3]]}, "slot 0: .*not two numbers"),
+        ({"points": [[1, float("nan")]]}, "not finite"),
+        ({"points": [[-2, 5]]}, "2 px outside"),
+        ({"points": [[5, 100]]}, "px outside"),
         ({"masks": [{"size": [3, 3], "counts": "09"}]}, r"expected \[height, width\]"),
         ({"masks": [{"size": [3, 3]}]}, "compressed COCO RLE"),
         ({"task": "seek"}, "none of caption"),
@@ -117,15 +159,6 @@ def test_broken_rle_is_an_error_and_no_crash(counts):
         decode_rle({"size": [6, 5], "counts": counts})
 
 
-def test_rle_runs_equal_pycocotools():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        mask = np.asfortranarray(rng.random(rng.integers(1, 60, 2)) < rng.random(), dtype=np.uint8)
-        runs = rle_runs(coco_mask.encode(mask)["counts"].decode("ascii"))
-        values = np.repeat(np.arange(len(runs)) % 2, runs)
-        assert (values.reshape(mask.shape[::-1]).T == mask).all()
-
-
 # ---- coco ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +175,7 @@ def test_rows_agree_with_counts_from_pycocotools(data_dir, files):
     assert files != TINY_COCO or crowds == 5
     clean = {key: group for key, group in by_category.items() if not any(one["iscrowd"] for one in group)}
     count = Counter(rows["task"])
-    assert count["box_to_mask"] == sum(map(len, clean.values()))
+    assert count["box_to_mask"] == count["point_to_mask"] == len(coco.anns) - crowds
     assert count["detect"] == len(clean)
     assert count["no_target"] == len(coco.imgs)
     assert 0 < count["refer"] <= count["box_to_mask"]
@@ -249,7 +282,7 @@ def folder(tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg")
     Image.new("L", (40, 30)).save(tmp_path / "empty.png")
 
-    def read(image: dict = {}, annotation: dict = {}, category: dict = {}, drop: tuple = ()):
+    def read(image: dict = {}, annotation: dict = {}, category: dict = {}, drop: tuple = (), more: list = ()):
         polygon = [5, 5, 15, 5, 15, 20, 5, 20]
         content = {
             "images": [
@@ -259,7 +292,8 @@ def folder(tmp_path):
             "annotations": [
                 {"id": 9, "image_id": 1, "category_id": 3, "iscrowd": 0, "bbox": [5, 5, 10, 15]}
                 | {"segmentation": [polygon]}
-                | annotation
+                | annotation,
+                *more,
             ],
             "categories": [{"id": 3, "name": "dog"} | category, {"id": 4, "name": "cat"}],
         }
@@ -274,9 +308,29 @@ def folder(tmp_path):
 
 def test_a_folder_of_ones_own(folder):
     rows = folder()
-    assert Counter(row["task"] for row in rows) == {"refer": 1, "detect": 1, "box_to_mask": 1, "no_target": 2}
+    once = dict.fromkeys(("refer", "detect", "box_to_mask", *POINT_TASKS), 1)
+    assert Counter(row["task"] for row in rows) == {**once, "no_target": 2}
     assert rows[0]["boxes"] == [[5.0, 5.0, 15.0, 20.0]] and rows[-1]["image"].mode == "RGB"
     assert decode_rle(rows[0]["masks"][0]).sum() == 150
+
+
+def test_points_of_a_folder(folder):
+    rows = {row["task"]: row for row in folder() if row["task"] in POINT_TASKS}
+    assert set(rows) == set(POINT_TASKS)
+    for row in rows.values():
+        validate_row(row)
+    assert rows["point"]["points"] == rows["point_all"]["points"] == [[9.5, 12.5]]
+    assert rows["point"]["boxes"] == [[5, 5, 15, 20]] and rows["point"]["masks"][0] is not None
+    (click, none), (no_box, box) = rows["point_to_mask"]["points"], rows["point_to_mask"]["boxes"]
+    assert no_box is none is None and box == [5, 5, 15, 20]
+    assert decode_rle(rows["point_to_mask"]["masks"][1])[int(click[1]), int(click[0])]
+
+
+def test_an_instance_beside_a_crowd_region_is_segmented(folder):
+    crowd = {"id": 8, "image_id": 1, "category_id": 3, "iscrowd": 1, "bbox": [0, 0, 5, 5]}
+    crowd["segmentation"] = {"size": [30, 40], "counts": [100, 50, 1050]}
+    tasks = Counter(row["task"] for row in folder(more=[crowd]))
+    assert tasks == {"box_to_mask": 1, "point_to_mask": 1, "no_target": 2}  # "the dog" would not be clear
 
 
 def test_what_cannot_be_a_target_makes_no_rows(folder):
@@ -296,7 +350,7 @@ def test_what_cannot_be_a_target_makes_no_rows(folder):
         ({"image": {"file_name": "..\\a.jpg"}}, "leaves the folder"),
         ({"image": {"file_name": "/etc/passwd"}}, "leaves the folder"),
         ({"image": {"file_name": "C:\\a.jpg"}}, "leaves the folder"),
-        ({"image": {"file_name": "instances.json"}}, "cannot be read as a picture"),
+        ({"image": {"file_name": "instances.json"}}, "cannot be read as an image"),
         ({"image": {"width": 41}}, "is 40 x 30 pixels, the annotations say 41 x 30"),
         ({"image": {"id": 2}}, "occurs twice"),
         ({"category": {"name": None}}, "category 3 has no name"),
@@ -364,7 +418,7 @@ def test_truncated_picture_and_json(folder):
     Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(folder.path / "a.jpg")
     whole = (folder.path / "a.jpg").read_bytes()
     (folder.path / "a.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="image 1, file 'a.jpg': cannot be read as a picture"):
+    with pytest.raises(ValueError, match="image 1, file .a.jpg.: .*cannot be read as an image"):
         folder()
     (folder.path / "instances.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="instances.json: .*truncated or not json"):

@@ -1,4 +1,4 @@
-"""The demo's way from drawing to pictures of answers, a few steps of it."""
+"""The demo, from drawing to drawn answers, with a few steps of training."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_drawn_shapes_are_where_their_annotations_say(tmp_path):
 
 @pytest.mark.slow
 def test_demo_from_the_command_line(tmp_path):
-    command = [sys.executable, "demo.py", "--output", str(tmp_path), "--pictures", "8"]
+    command = [sys.executable, "demo.py", "--output", str(tmp_path), "--images", "8"]
     for _ in range(2):  # a second run starts anew beside what the first one left
         run = subprocess.run(
             [*command, "training.max_steps=2", "data.generate_rows=4"], cwd=ROOT, capture_output=True, text=True

@@ -13,12 +13,16 @@ from torch.nn import functional as F
 from transformers import LlavaImageProcessorPil
 
 from perceptiongpt.geometry_perceptiongpt import (
+    box_iou,
     boxes_from_square,
     boxes_to_square,
     clip_box,
     decode_mask,
+    deepest_pixel,
     encode_rle,
+    interior_point,
     letterbox,
+    mask_depth,
     mask_to_polygons,
     mask_to_square,
     rle_runs,
@@ -264,3 +268,51 @@ def test_annotations_of_real_photos_are_read_as_pycocotools_reads_them(data_dir)
         np.testing.assert_array_equal(mask, coco_mask.decode(reference) > 0)
         x, y, box_width, box_height = coco_mask.toBbox(reference)
         assert tight_box(mask) == [x, y, x + box_width, y + box_height]
+
+
+@given(mask=MASKS)
+def test_depth_is_the_distance_to_the_nearest_pixel_outside(mask):
+    outside = np.argwhere(~np.pad(mask, 1)) - 1
+    expected = [
+        [np.sqrt(((outside - (y, x)) ** 2).sum(1).min()) for x in range(mask.shape[1])] for y in range(len(mask))
+    ]
+    np.testing.assert_allclose(mask_depth(mask), expected)
+
+
+def test_the_deepest_pixel_is_where_one_would_point():
+    ring = np.zeros((40, 60), dtype=bool)
+    ring[5:35, 10:20] = True  # a bar ten pixels wide, joined to a thin one
+    ring[5:7, 10:50] = True
+    x, y = deepest_pixel(ring)
+    assert 14 <= x <= 16 and 14 < y < 24 and ring[int(y), int(x)]
+    assert deepest_pixel(np.ones((3, 9), dtype=bool)) == [4.5, 1.5]  # of a ridge of equal depth the middle
+
+
+@given(mask=MASKS, seed=st.integers(0, 9))
+def test_points_lie_inside_their_mask(mask, seed):
+    if mask.any():
+        generator = np.random.default_rng(seed)
+        depth = mask_depth(mask)
+        for x, y in (deepest_pixel(mask), interior_point(mask, generator)):
+            assert mask[int(y), int(x)]
+        assert depth[int(deepest_pixel(mask)[1]), int(deepest_pixel(mask)[0])] == depth.max()
+
+
+def test_clicks_keep_off_the_edge_and_cover_the_interior():
+    disc = np.hypot(*np.mgrid[-20:21, -20:21]) <= 18
+    depth, generator = mask_depth(disc), np.random.default_rng(0)
+    clicks = {tuple(interior_point(disc, generator)) for _ in range(2000)}
+    depths = [depth[int(y), int(x)] for x, y in clicks]
+    assert min(depths) >= 0.25 * depth.max() and max(depths) == depth.max() and len(clicks) > 400
+
+
+@pytest.mark.parametrize(
+    "boxes, others, expected",
+    [
+        ([0, 0, 2, 2], [1, 1, 3, 3], 1 / 7),
+        ([[0, 0, 2, 2], [4, 4, 5, 5]], [0, 0, 2, 2], [1, 0]),
+        ([[[0, 0, 2, 2]]], [[[0, 0, 2, 4], [2, 0, 4, 2]]], [[0.5, 0]]),
+    ],
+)
+def test_box_iou_broadcasts(boxes, others, expected):
+    np.testing.assert_allclose(box_iou(boxes, others), expected)

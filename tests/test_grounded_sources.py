@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perceptiongpt.data.formats.coco import COCO_TASKS
 from perceptiongpt.data.formats.coco_captions import coco_captions_rows
 from perceptiongpt.data.formats.coco_panoptic import coco_panoptic_rows, plain_name
 from perceptiongpt.data.formats.flickr30k_entities import flickr30k_entities_rows
@@ -154,6 +155,14 @@ def test_flickr_chains_and_boxes(flickr_folder):
 def test_flickr_captions_end_where_lines_end(flickr_folder):
     rows = flickr_folder(sentences="[/EN#7/people/other/tall Two\x85men] stand .\nThey\u2028wait .\n")
     assert [texts(row)[1] for row in of_task(rows, "caption")] == ["Two men stand .", "They wait ."]
+
+
+def test_flickr_captions_that_do_not_describe_their_picture_are_counted(flickr_folder, tmp_path):
+    (tmp_path / "UNRELATED_CAPTIONS").write_text("# image caption\n5 2\n6 1\n")
+    problems = Problems()
+    rows = flickr_folder(sentences="Two men .\nA joke .\n", leave_out_unrelated=True, problems=problems)
+    assert [texts(row)[1] for row in of_task(rows, "caption")] == ["Two men ."]
+    assert problems.counts == {"caption listed in UNRELATED_CAPTIONS": 1}
 
 
 def test_flickr_packed_is_the_same(flickr_folder, tmp_path):
@@ -371,6 +380,16 @@ def test_visual_genome_bad_regions_are_skipped_alone(tmp_path):
             list(visual_genome_rows(small_genome(tmp_path, regions=[region]), images=False))
 
 
+def test_of_two_versions_of_visual_genome_none_is_chosen_silently(tmp_path):
+    folder = small_genome(tmp_path)
+    other = folder / "region_descriptions_v1.2.json"
+    other.write_bytes((folder / "region_descriptions.json").read_bytes())
+    with pytest.raises(ValueError, match="holds region_descriptions.json, region_descriptions_v1.2.json; say with"):
+        list(visual_genome_rows(folder, images=False))
+    files = [other, folder / "image_data.json"]
+    assert len(list(visual_genome_rows(folder, annotations=files, images=False, tasks=["refer"]))) == 1
+
+
 def test_visual_genome_questions_with_broken_objects(tmp_path):
     question = {"qa_id": 5, "image_id": 3, "question": "What?", "answer": "A cup.", "q_objects": 7, "a_objects": []}
     with pytest.raises(ValueError, match="record 0, image 3: the objects of question 5 are 7, expected a list"):
@@ -523,10 +542,10 @@ def test_panoptic_zip_and_broken_files(tmp_path):
     for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         packed[packed.index(mark) + flags] |= 1  # says that the file is encrypted
     (tmp_path / "pngs.zip").write_bytes(packed)
-    with pytest.raises(ValueError, match="7.png in .*pngs.zip cannot be read as a picture: .*encrypted"):
+    with pytest.raises(ValueError, match="7.png in .*pngs.zip cannot be read as an image: .*encrypted"):
         list(coco_panoptic_rows(tmp_path, images=False, masks=tmp_path / "pngs.zip"))
     (tmp_path / "annotations/panoptic_train2017/7.png").write_bytes(b"PNG")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         list(coco_panoptic_rows(tmp_path, images=False))
 
 
@@ -676,4 +695,4 @@ def test_tasks_are_those_of_the_schema():
     offered = [*coco_panoptic.PANOPTIC_TASKS, *flickr30k_entities.FLICKR_TASKS, *hub.HUB_TASKS, *llava.LLAVA_TASKS]
     offered += [*lvis.LVIS_TASKS, *shikra_flickr.SHIKRA_TASKS, *viscot.VISCOT_TASKS]
     offered += [task for tasks in visual_genome.TASKS.values() for task in tasks]
-    assert set(offered) == set(TASKS)
+    assert set(offered) | set(COCO_TASKS) == set(TASKS)

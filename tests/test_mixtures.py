@@ -23,10 +23,12 @@ from perceptiongpt import train as training
 from perceptiongpt.data import mixtures
 from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.data.leakage import LeftOutImages
 from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Part, load_parts
 from perceptiongpt.data.prepare import prepare
-from perceptiongpt.data.schema import TASKS
+from perceptiongpt.data.schema import POINT_TASKS, TASKS
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.training.recipe import complete_recipe
 from processes import run_two_processes
 
 
@@ -329,7 +331,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
     (tmp_path / "own.json").write_text(json.dumps(numbers))
     genome = [{"image_id": 9, "coco_id": 154}, {"image_id": 154, "coco_id": None}]
     (tmp_path / "image_data.json").write_text(json.dumps(genome))
-    left_out = mixtures._LeftOut({"154"}, tmp_path / "image_data.json")
+    left_out = LeftOutImages({"154"}, tmp_path / "image_data.json")
 
     kept = {}
     for source, file in (("llava", "llava.json"), ("viscot", "viscot.jsonl"), ("coco", "own.json")):
@@ -340,7 +342,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
         assert part.left_out_images == (0 if source == "coco" else 2)
         if source != "coco":
             with pytest.raises(ValueError, match="name it as image_data"):
-                Part(source, prepared_files(output), is_left_out=mixtures._LeftOut({"154"}, None))
+                Part(source, prepared_files(output), is_left_out=LeftOutImages({"154"}, None))
     assert kept["llava"] == {"gqa/images/154", "ocr_vqa/images/154", "154"}
     assert kept["viscot"] == {"flickr30k/154", "gqa/154"} and kept["coco"] == {"154"}
     # Rows without a stored name (made elsewhere, or with --no_images) go by what their source numbers.
@@ -352,7 +354,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
 
 def recipe_of(folder: str, real, **data) -> dict:
     root, mixture, _ = real
-    return training.complete_recipe(
+    return complete_recipe(
         {
             "model": {"checkpoint": folder},
             "adapter": {"mode": "full"},
@@ -396,7 +398,8 @@ def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, re
             row = part.read(*where)
             sources[row["source"]].add(row["task"])
     assert len(sources.keys() - {"scenes"}) >= 5
-    assert set.union(*(tasks for source, tasks in sources.items() if source != "scenes")) == set(TASKS)
+    usual = set(TASKS) - set(POINT_TASKS)
+    assert set.union(*(tasks for source, tasks in sources.items() if source != "scenes")) == usual
     trained = Counter()
     encode = PerceptionCollator._encode
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +407,7 @@ def test_training_on_a_mixture_with_all_tasks_and_resuming_it(tiny_model_dir, re
             PerceptionCollator, "_encode", lambda self, row: trained.update([row["task"]]) or encode(self, row)
         )
         whole, weights = run(recipe, tmp_path / "whole")
-    assert sorted(whole) == list(range(6)) and set(trained) == set(TASKS)
+    assert sorted(whole) == list(range(6)) and set(trained) == usual
     assert "left out" in capsys.readouterr().out
     first, _ = run(recipe, tmp_path / "cut", stop_at=5)
     second, resumed = run(recipe, tmp_path / "cut", resume=True)

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 
@@ -28,6 +35,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
     "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
     "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
     "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
 }
 HAS_CHECKPOINT = (ROOT / "config.json").exists()
@@ -66,7 +74,7 @@ def load(folder, **kwargs) -> tuple:
 @torch.no_grad()
 def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
     """
-    All that a folder says through the four Auto classes and the pipeline, as one flat dict of tensors. The library asks
+    All that a folder says through the five Auto classes and the pipeline, as one flat dict of tensors. The library asks
     for trust in the folder's pipeline even where the package is installed, unless its class is given.
     """
     config = AutoConfig.from_pretrained(folder, **kwargs)
@@ -75,7 +83,8 @@ def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
         questions(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     base = AutoModel.from_pretrained(folder, **kwargs).eval()
-    assert [type(part).__name__ for part in (config, base, model, processor)] == [
+    multimodal = AutoModelForMultimodalLM.from_pretrained(folder, **kwargs)
+    assert [type(part).__name__ for part in (config, base, model, multimodal, processor)] == [
         name.split(".")[1] for name in AUTO_MAP.values()
     ]
     output = model(**inputs)

@@ -9,6 +9,7 @@ from perceptiongpt.data.templates import load_templates, render_prompt, render_t
 WITHOUT_PROMPTS = {"no_target", "dialogue"}  # these ask with the prompts of the others
 PLACEHOLDERS = {
     "box_to_mask": ["<vis>"],
+    "point_to_mask": ["<vis>"],
     "caption": [],
     "region_caption": ["<vis>"],
     "spotting_caption": [],
@@ -51,14 +52,14 @@ def test_rendering():
         render_prompt("dialogue")
 
 
-@pytest.mark.parametrize("task", ["refer", "detect"])
+@pytest.mark.parametrize("task", ["refer", "detect", "point", "point_all"])
 def test_prompts_read_well_whatever_the_phrase(task):
     """Plurals, vowels, names and phrases with their own article: no article before it, no verb that agrees with it."""
     for prompt in load_templates()[task]["prompts"]:
         before, after = prompt.split("{phrase}")
         assert not before.lower().endswith((" a ", " an ", " is ", " does ", " the ")), prompt
         assert not after.startswith((" is", " does", " has")) and " it?" not in after, prompt
-        if task == "detect":
+        if task in ("detect", "point_all"):
             assert before.lower().endswith(("every ", "each ", "every single ", "miss any ")), prompt
 
 

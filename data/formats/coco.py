@@ -1,33 +1,49 @@
 """COCO instances (a json and a folder of pictures) as rows of the schema.
 
 Tasks: `refer` ("the dog", or "the second cup from the left" where the category occurs several times), `detect` (every
-instance of a category), `no_target` (a category that is not in the picture) and `box_to_mask`.
+instance of a category), `no_target` (a category that is not in the image), `box_to_mask`; and, where they are asked
+for, `point` and `point_all` (as `refer` and `detect`, with the point to point at) and `point_to_mask` (a click).
 
-Crowd regions are never targets, and a category with one in a picture makes no row about that picture: neither "the
-dog" nor "every dog" nor "there is no dog" can be said of it. The same holds for an instance without area, which
-real files contain.
+Crowd regions are never targets. Where a category has one in an image, neither "the dog" nor "every dog" nor "there is
+no dog" can be said of that image; its other instances still make rows of `box_to_mask` and `point_to_mask`. The same
+holds for an instance without area, which real files contain.
 """
 
 import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from datasets import Dataset
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.reading import Problems, open_file, stream_json_array
-from perceptiongpt.data.schema import check_size, clip_box, rle_runs, row_features
+from perceptiongpt.data.conversation import usual_files
+from perceptiongpt.data.reading import (
+    MissingPicture,
+    Problems,
+    open_file,
+    picture_size,
+    plain_name,
+    safe_join,
+    stream_json_array,
+)
+from perceptiongpt.data.schema import POINT_TASKS, check_size, decode_rle, naming, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
+from perceptiongpt.geometry_perceptiongpt import clip_box, deepest_pixel, interior_point, rle_runs
 
 
-COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask")
+COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask", *POINT_TASKS)
 ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
 POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the picture's side on
 SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
+PER_CATEGORY_TASKS = ("refer", "box_to_mask", "detect", "point", "point_all", "point_to_mask")
+EXPRESSION_KEYS = {"refer": "expression", "point": "point expression"}  # of the random draw among expressions
+# Why a task makes no row of an instance or category.
+BESIDE_CROWD = "category with a crowd region or an instance without area in the image"
+TOO_SMALL = "instance below min_area_share"
+NO_EXPRESSION = "no phrase that means this instance alone"
 
 
 def load_coco(
@@ -44,7 +60,7 @@ def load_coco(
     """The rows of `coco_rows` as a `datasets.Dataset` that opens each picture when its row is read."""
     rows = list(coco_rows(annotations, images, tasks, min_area_share, seed, limit, image_ids, split, evaluation))
     features = row_features()
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
 
 
 def coco_folder_rows(
@@ -74,15 +90,15 @@ def coco_folder_rows(
     if annotations is None:
         if root is None:
             raise ValueError("the coco source needs a root, or annotations and images")
-        names = [f"instances_{stem}.json" for stem in stems] + ["instances.json"]
-        folders = [Path(root) / "annotations", Path(root)]
-        found = [path for folder in folders for name in names for path in sorted(folder.glob(name + "*"))]
-        if not found:
-            raise ValueError(f"{root}: holds no annotations/instances_{split}2017.json; name the file as annotations")
-        annotations = found[:1]
+        names = [f"instances_{stem}.json" for stem in stems]
+        annotations = usual_files(root, [*names, "instances.json"])[:1]
+        if not annotations:
+            raise ValueError(f"{root}: holds no annotations/{names[0]}; name the file with --annotations")
+        found = plain_name(annotations[0]).removeprefix("instances_").removesuffix(".json")
+        stems.sort(key=lambda stem: stem != found)  # the images of the same release, where there are several
     if images is None:
         if root is None:
-            raise ValueError("the coco source needs a root or images, the folder of the pictures")
+            raise ValueError("the coco source needs a root or images, the folder of the images")
         images = next((Path(root, name) for name in (*stems, "images") if Path(root, name).is_dir()), root)
     tasks = ("refer", "detect", "no_target") if tasks is None else tasks
     for file in annotations:
@@ -97,7 +113,7 @@ def skipping(problems: Problems | None, where: str | Path) -> Iterator[None]:
     except ValueError as error:
         if problems is None or not problems.skip:
             raise
-        problems.report(str(where), str(error))
+        problems.report(str(where), error)
 
 
 def coco_rows(
@@ -164,7 +180,7 @@ def coco_rows(
                 if target is None and problems is not None:
                     problems.leave_out("crowd region or instance without area")
             groups[annotation["category_id"]].append(target)
-        for row in instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation):
+        for row in instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation, problems):
             yield {**common, **row}
 
 
@@ -257,25 +273,15 @@ def read_instances(
 
 
 def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Path:
-    """The checked path of a picture: inside `folder`, present, whole, and of the size that `record` states."""
+    """The checked path of an image: inside `folder`, present, whole, and of the size that `record` states."""
     name = f"{annotations}: image {record['id']!r}, file {record['file_name']!r}"
-    file_name = str(record["file_name"])
-    for flavour in (PurePosixPath(file_name), PureWindowsPath(file_name)):
-        if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
-            raise ValueError(f"{name}: leaves the folder {folder}")
-    path = Path(folder) / file_name
-    if not path.is_file():
-        raise ValueError(f"{name}: does not exist in {folder}")
     try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(Image.ExifTags.Base.Orientation)
-            size = image.size
-            image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # a JPEG is read whole, decoded small
-            image.load()
-            if orientation in (5, 6, 7, 8):  # `datasets` turns pictures upright when it opens them
-                size = size[::-1]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be read as a picture: {error}") from error
+        path = safe_join(folder, record["file_name"])
+        size = picture_size(path)
+    except MissingPicture as error:
+        raise MissingPicture(f"{name}: does not exist in {folder}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if size != (record["width"], record["height"]):
         raise ValueError(
             f"{name}: is {size[0]} x {size[1]} pixels, the annotations say {record['width']} x {record['height']}"
@@ -295,7 +301,8 @@ def read_annotation(annotation: dict, record: dict, annotations: str | Path) -> 
     x, y, width, height = bbox
     if (width == 0 or height == 0) or mask is None:
         return None
-    box, _ = clip_box([x, y, x + width, y + height], record["width"], record["height"], name)
+    with naming(name):
+        box = clip_box([x, y, x + width, y + height], record["height"], record["width"])
     return {"box": box, "mask": mask}
 
 
@@ -319,7 +326,8 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and segmentation.get("size") in ([height, width], (height, width)):
         counts = segmentation.get("counts")
-        runs = rle_runs(counts, name) if isinstance(counts, str) else counts
+        with naming(name):
+            runs = rle_runs(counts) if isinstance(counts, str) else counts
         is_runs = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
         if not is_runs or sum(runs) != height * width:
             raise ValueError(f"{name}: the RLE's run lengths do not sum up to {height} x {width}")
@@ -331,45 +339,79 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
-    square = max(record["width"], record["height"]) ** 2
+def instance_rows(
+    groups: Mapping[int, list[dict | None]],
+    categories: Mapping[int, str],
+    record: dict,
+    tasks: Iterable[str],
+    min_area_share: float,
+    seed: int,
+    evaluation: bool,
+    problems: Problems | None = None,
+) -> Iterator[dict]:
+    """The rows of one image, without the columns that describe the image.
 
-    def make(task: str, prompt_task: str, phrase: str, objects: list[dict], answer: str, key, prompt_box=None) -> dict:
+    Args:
+        groups: per category its instances {box, mask}; None for a crowd region or an instance without area.
+        categories: the name of each category; those that are not in `groups` are absent from the image.
+        record: `id`, `width` and `height` of the image.
+        tasks: of `COCO_TASKS`.
+        min_area_share, seed, evaluation: as in `coco_rows`.
+        problems: counts, per task, the rows that cannot be made.
+    """
+    problems = problems or Problems()
+    least_area = min_area_share * max(record["width"], record["height"]) ** 2
+
+    def make(task: str, prompt_task: str, phrase: str, slots: list[dict], answer: str, key) -> dict:
         generator = None if evaluation else stable_generator(seed, record["id"], task, key)
         prompt = render_prompt(prompt_task, phrase, generator)
-        slots = ([{"box": prompt_box, "mask": None}] if prompt_box else []) + objects
         return {
             "messages": [
                 {"role": "user", "content": IMAGE_TOKEN + prompt},
                 {"role": "assistant", "content": answer},
             ],
-            "boxes": [slot["box"] for slot in slots],
-            "masks": [slot["mask"] for slot in slots],
+            "boxes": [slot.get("box") for slot in slots],
+            "masks": [slot.get("mask") for slot in slots],
+            "points": [slot.get("point") for slot in slots],
             "task": task,
         }
 
-    for category_id, objects in groups.items():
-        if any(instance is None for instance in objects):
-            continue
-        name = categories[category_id]
-        objects = sorted(objects, key=lambda instance: instance["box"][:2])
-        large = [box_area(instance["box"]) >= min_area_share * square for instance in objects]
-        if "refer" in tasks:
-            expressions = refer_expressions(
-                name, [instance["box"] for instance in objects], record["width"], record["height"]
-            )
-            for i, (instance, is_large, options) in enumerate(zip(objects, large, expressions, strict=True)):
-                if is_large and options:
-                    draw = stable_generator(seed, record["id"], "expression", category_id, i)
-                    phrase = options[draw.integers(len(options))]
-                    yield make("refer", "refer", phrase, [instance], VIS_TOKEN, (category_id, i))
-        if "box_to_mask" in tasks:
-            for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
-                if is_large:
-                    key = (category_id, i)
-                    yield make("box_to_mask", "box_to_mask", "", [instance], VIS_TOKEN, key, instance["box"])
-        if "detect" in tasks and all(large):
-            yield make("detect", "detect", name, objects, VIS_TOKEN * len(objects), category_id)
+    for category_id, group in groups.items():
+        name, is_whole = categories[category_id], None not in group
+        objects = sorted((one for one in group if one is not None), key=lambda instance: instance["box"][:2])
+        boxes = [instance["box"] for instance in objects]
+        large = [i for i, box in enumerate(boxes) if box_area(box) >= least_area]
+        for task in PER_CATEGORY_TASKS:
+            if task not in tasks or not objects:
+                continue
+            asks_for_all, names_it = task in ("detect", "point_all"), task in ("refer", "point")
+            if not is_whole and (asks_for_all or names_it):
+                problems.leave_out_row(task, BESIDE_CROWD, 1 if asks_for_all else len(objects))
+                continue
+            if asks_for_all:
+                if len(large) < len(objects):
+                    problems.leave_out_row(task, TOO_SMALL)
+                    continue
+                slots = objects if task == "detect" else [with_point(instance) for instance in objects]
+                yield make(task, task, name, slots, VIS_TOKEN * len(objects), category_id)
+                continue
+            problems.leave_out_row(task, TOO_SMALL, len(objects) - len(large))
+            expressions = refer_expressions(name, boxes, record["width"], record["height"]) if names_it else None
+            for i in large:
+                instance, phrase, given = objects[i], "", []
+                if names_it:
+                    if not expressions[i]:
+                        problems.leave_out_row(task, NO_EXPRESSION)
+                        continue
+                    draw = stable_generator(seed, record["id"], EXPRESSION_KEYS[task], category_id, i)
+                    phrase = expressions[i][draw.integers(len(expressions[i]))]
+                elif task == "box_to_mask":
+                    given = [{"box": instance["box"]}]
+                else:
+                    draw = stable_generator(seed, record["id"], "click", category_id, i)
+                    given = [{"point": interior_point(decode_rle(instance["mask"]), draw)}]
+                answer = with_point(instance) if task == "point" else instance
+                yield make(task, task, phrase, [*given, answer], VIS_TOKEN, (category_id, i))
 
     absent = sorted(category_id for category_id in categories if category_id not in groups)
     if "no_target" in tasks and absent:
@@ -378,6 +420,11 @@ def instance_rows(groups, categories, record, tasks, min_area_share, seed, evalu
         prompt_task = "refer" if draw.integers(2) else "detect"
         phrase = f"the {name}" if prompt_task == "refer" else name
         yield make("no_target", prompt_task, phrase, [], f"There is no {name}.", "absent")
+
+
+def with_point(instance: dict) -> dict:
+    """An instance {box, mask} with the point that one would point at."""
+    return {**instance, "point": deepest_pixel(decode_rle(instance["mask"]))}
 
 
 def box_area(box_xyxy: list[float]) -> float:

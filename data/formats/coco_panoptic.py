@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
@@ -31,6 +30,7 @@ from perceptiongpt.data.conversation import (
 from perceptiongpt.data.formats.coco import instance_rows, read_section
 from perceptiongpt.data.reading import BROKEN, Problems, safe_join, until_broken
 from perceptiongpt.data.templates import render_turn
+from perceptiongpt.geometry_perceptiongpt import encode_rle
 
 
 PANOPTIC_TASKS = ("refer", "detect", "no_target", "box_to_mask", "region_caption", "spotting_caption")
@@ -109,7 +109,7 @@ def coco_panoptic_rows(
             columns |= {"source": "coco_panoptic", "image_id": str(image_id), "split": split}
             ids = segment_ids(get(annotation, "file_name"), size)
             groups = _read_segments(annotation, ids, size, categories, problems)
-            return list(_rows(groups, categories, things, columns, tasks, draw))
+            return list(_rows(groups, categories, things, columns, tasks, draw, problems))
 
         found = until_broken(read_section(file, "annotations"), file, problems)
         numbered = ((f"{file}: annotation {number}", one) for number, one in enumerate(found))
@@ -152,7 +152,7 @@ class SegmentIds:
             with Image.open(self._find(name)) as image:
                 colors = np.asarray(image.convert("RGB"), dtype=np.uint32)
         except (*BROKEN, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # RuntimeError: encrypted
-            raise ValueError(f"{name} in {self.masks} cannot be read as a picture: {error}") from error
+            raise ValueError(f"{name} in {self.masks} cannot be read as an image: {error}") from error
         if colors.shape[1::-1] != tuple(size):
             shape = f"{colors.shape[1]} x {colors.shape[0]}"
             raise ValueError(f"{name} is {shape} pixels, the picture {size[0]} x {size[1]}")
@@ -181,13 +181,11 @@ def _read_segments(annotation, ids, size, categories, problems) -> dict[int, lis
             problems.leave_out("crowd region or instance without area")
             groups[category].append(None)
             continue
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        rle = {"size": [size[1], size[0]], "counts": rle["counts"].decode("ascii")}
-        groups[category].append({"box": box, "mask": rle})
+        groups[category].append({"box": box, "mask": encode_rle(mask)})
     return groups
 
 
-def _rows(groups, categories, things, columns, tasks, draw) -> Iterator[dict]:
+def _rows(groups, categories, things, columns, tasks, draw, problems) -> Iterator[dict]:
     record = {"id": columns["image_id"], "width": columns["width"], "height": columns["height"]}
     names = {categories[category] for category in groups}
     # "The wall" is not clear where there is a "brick wall" besides.
@@ -199,11 +197,11 @@ def _rows(groups, categories, things, columns, tasks, draw) -> Iterator[dict]:
         (clear, {category: categories[category] for category in clear}, ("refer",)),
         # Of "stuff" there is one segment, however many windows it covers.
         ({category: group for category, group in clear.items() if category in things}, categories, ("detect",)),
-        (usable, {category: categories[category] for category in usable}, ("box_to_mask",)),
+        (groups, {category: categories[category] for category in groups}, ("box_to_mask",)),
         ({}, absent, ("no_target",)),
     ):
         wanted = tuple(task for task in wanted if task in tasks)
-        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation):
+        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation, problems):
             yield columns | row
 
     if "region_caption" in tasks:

@@ -27,7 +27,6 @@ from datasets import Image as ImageFeature
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import (
@@ -47,8 +46,9 @@ from perceptiongpt.data.conversation import (
 )
 from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.reading import BROKEN, Problems, picture_size, safe_join, until_broken
-from perceptiongpt.data.schema import row_features
+from perceptiongpt.data.schema import COLUMNS, REQUIRED_COLUMNS
 from perceptiongpt.data.templates import render_prompt, render_turn
+from perceptiongpt.geometry_perceptiongpt import encode_rle
 
 
 ROLES = ("image", "phrase", "box", "mask", "caption", "question", "answer", "image_id", "width", "height")
@@ -162,7 +162,7 @@ def hub_rows(
 def _find_mapping(columns, box_format: str, found: list[str], root: str) -> tuple[dict | None, str]:
     """(role -> column, box format); None as the mapping for a data set that has the schema's columns."""
     if columns is None:
-        if set(row_features()) <= set(found):
+        if set(REQUIRED_COLUMNS) <= set(found):
             return None, box_format
         for known, (mapping, known_format) in KNOWN_COLUMNS.items():
             if set(known) <= set(found):
@@ -297,7 +297,7 @@ def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, in
 
 def _own_row(record: dict, images: bool | None) -> dict:
     """A row that has the schema's columns already."""
-    row = {column: record[column] for column in row_features()}
+    row = {column: record.get(column) for column in COLUMNS}
     return row | ({"image": None} if images is False else {})
 
 
@@ -342,11 +342,10 @@ def _read_masks(value, width: int, height: int) -> list[dict]:
             with Image.open(io.BytesIO(value["bytes"])) as image:
                 mask = np.asarray(image.convert("L")) > 0
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the mask cannot be read as a picture: {error}") from error
+            raise ValueError(f"the mask cannot be read as an image: {error}") from error
         if mask.shape != (height, width):
             raise ValueError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}")
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        value = {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+        value = encode_rle(mask)
     if isinstance(value, dict) and isinstance(value.get("counts"), bytes):
         value = {**value, "counts": value["counts"].decode("ascii", errors="replace")}
     elif isinstance(value, list) and value and isinstance(value[0], (int, float)):

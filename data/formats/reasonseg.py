@@ -11,9 +11,17 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
 from perceptiongpt.data.formats.refer import find_split, read_phrase
-from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
+from perceptiongpt.data.reading import (
+    Problems,
+    find_image,
+    is_archive,
+    open_file,
+    open_members,
+    picture_size,
+    without_copies,
+)
 from perceptiongpt.data.templates import render_prompt, render_turn
-from perceptiongpt.geometry_perceptiongpt import OVERHANG
+from perceptiongpt.geometry_perceptiongpt import OVERHANG, encode_rle, tight_box
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG")
@@ -128,9 +136,7 @@ def _file_rows(
     problems.leave_out("flag shape", labels.count("flag"))
     if not target.any():
         raise ValueError(f"no pixel is target; the shapes are {labels}")
-    mask = _to_rle(target)
-    x, y, w, h = coco_mask.toBbox(mask).tolist()
-    slot = ([x, y, x + w, y + h], mask)
+    slot = (tight_box(target), encode_rle(target))
     for number, text in enumerate([texts] if isinstance(texts, str) else texts):
         generator = draw("reasoning", name, number)
         if is_sentence:
@@ -141,7 +147,7 @@ def _file_rows(
             prompt = render_prompt("refer", read_phrase(text), generator)
             answer = render_turn("reasoning", "", VIS_TOKEN, generator)[1]
         row = make_row("reasoning", [Turn(prompt, answer, [slot])], columns)
-        yield row | {"ignore": _to_rle(ignore) if ignore.any() else None} if draw.evaluation else row
+        yield row | {"ignore": encode_rle(ignore) if ignore.any() else None} if draw.evaluation else row
 
 
 def _parse(content: bytes) -> dict:
@@ -166,22 +172,17 @@ def _columns(record: dict, folder: Path, name: str, images: str | Path | bool | 
     return Pictures(images, folder).columns(*names, size=size)
 
 
-def _to_rle(mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
-
-
 def _files(root: Path, split: str, annotations) -> Iterator[tuple[str, Path, str, bytes]]:
     """(name for messages, folder of the pictures, name without ending, content) per json file."""
     pictures = root / split if (root / split).is_dir() else root
     if annotations:
         paths = [Path(path) for path in annotations]
     else:
-        packed = [root / f"{split}{suffix}" for suffix in PACKED if (root / f"{split}{suffix}").is_file()]
-        paths = [pictures] if any(pictures.glob("*.json")) else packed[:1]
+        packed = [path for path in sorted(root.glob(f"{split}.*")) if is_archive(path)]
+        paths = [pictures] if any(pictures.glob("*.json")) else without_copies(packed)
     found = False
     for path in paths:
-        if path.is_dir() or path.name.lower().endswith(PACKED):
+        if path.is_dir() or is_archive(path):
             for name, content in open_members(path, "*.json"):
                 found = True
                 yield f"{path}: {name}", path if path.is_dir() else pictures, PurePosixPath(name).stem, content

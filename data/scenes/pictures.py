@@ -6,7 +6,6 @@ are a shape, a colour and a pattern; pasted ones are real objects cut out along 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,11 +13,10 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
-from pycocotools import mask as coco_mask
+from PIL import Image, ImageDraw
 
-from perceptiongpt.data.formats.coco import read_instances, segmentation_to_rle
-from perceptiongpt.data.reading import safe_join
+from perceptiongpt.data.scenes.photos import Cutouts, Photos
+from perceptiongpt.geometry_perceptiongpt import encode_rle, tight_box
 
 
 COLORS = {
@@ -42,9 +40,7 @@ LEAST_VISIBLE = 0.45  # share of every object that stays visible
 LEAST_HIDDEN = 0.06  # from this share on an object counts as partly hidden
 REFERENCE_SIZE = 128  # sides of a `Layout` are pixels of a picture of this size
 SUPERSAMPLING = 4
-POOL_SCENES, POOL_PHOTOS, CACHED_PHOTOS = 256, 32, 96  # so many scenes in a row share so many photos
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-LEAST_CUTOUT_SIDE = 24  # pixels of the photo
+POOL_SCENES = 256  # so many scenes in a row share `POOL_PHOTOS` photos
 LEAST_CUTOUT_PIXELS = 24  # of a pasted object
 LAYOUT_TRIES = 500
 
@@ -147,156 +143,6 @@ class Scene:
     absent: list[str]
     pasted: bool = False
     behind: frozenset[str] = frozenset()
-
-
-class Photos:
-    """The pictures of a folder, for backgrounds; each worker keeps the last `CACHED_PHOTOS` it read, at low resolution.
-
-    Raises:
-        ValueError: the folder has no picture.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
-        if not self.paths:
-            raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(PHOTO_SUFFIXES))})")
-
-    def choose(self, rng: Random, pool: Random) -> Path:
-        """One of the `POOL_PHOTOS` pictures that `pool` chooses."""
-        pool = [self.paths[pool.randrange(len(self.paths))] for _ in range(POOL_PHOTOS)]
-        return rng.choice(pool)
-
-    @staticmethod
-    def background(path: Path, size: int, rng: Random) -> np.ndarray:
-        """A random square crop, uint8 (size, size, 3)."""
-        photo = _read_photo(path, 3 * size)[0]
-        side = min(photo.size) * rng.uniform(0.5, 1.0)
-        x, y = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-        return np.array(photo.resize((size, size), Image.Resampling.BILINEAR, (x, y, x + side, y + side)))
-
-
-class Cutouts:
-    """Real objects of a COCO-format folder, to be pasted.
-
-    The layout is COCO's own, `annotations/instances_<name>.json` and `<name>/` (the json may lie beside the folder of
-    pictures; of several the first whose folder is there; `images/` is taken if there is none). Crowd regions, objects
-    cut off by the border and those whose box is smaller than `LEAST_CUTOUT_SIDE` pixels are not pasted. Pictures made
-    so carry the licences of the photos they come from (`images[].license` in the json).
-
-    Raises:
-        ValueError: no annotations, no pictures, or no object that can be pasted.
-    """
-
-    def __init__(self, root: str | Path):
-        root = Path(root)
-        files = sorted([*root.glob("annotations/instances*.json"), *root.glob("instances*.json")])
-        if not files:
-            raise ValueError(f"{root}: no annotations/instances*.json; expected a folder in COCO's layout")
-        own = [root / file.stem.removeprefix("instances_") for file in files]
-        found = next((pair for pair in zip(files, own, strict=True) if pair[1].is_dir()), (files[0], root / "images"))
-        annotations, self.folder = found
-        if not self.folder.is_dir():
-            raise ValueError(f"{root}: has neither a folder {own[0].name!r} nor 'images'")
-        records, instances, categories = read_instances(annotations)
-        self.categories = sorted(set(categories.values()))
-        self.photos, self.names = [], {}
-        for record in records:
-            path, width, height = safe_join(self.folder, record["file_name"]), record["width"], record["height"]
-            self.names[path] = {categories[one["category_id"]] for one in instances[record["id"]]}
-            usable = []
-            for one in instances[record["id"]]:
-                name = f"{annotations}: annotation {one.get('id')!r} of image {record['id']!r}"
-                x, y, w, h = _bbox(one, name)
-                inside = x >= 2 and y >= 2 and x + w <= width - 2 and y + h <= height - 2
-                if not one.get("iscrowd") and inside and max(w, h) >= LEAST_CUTOUT_SIDE and min(w, h) >= 8:
-                    usable.append((categories[one["category_id"]], one["segmentation"], (width, height), name))
-            if usable:
-                self.photos.append((path, usable))
-        if not self.photos:
-            raise ValueError(f"{annotations}: no object can be pasted (whole, and {LEAST_CUTOUT_SIDE} pixels or more)")
-        self.paths = sorted(self.names)
-        self._masks = lru_cache(maxsize=4096)(self._cut)
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_masks"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._masks = lru_cache(maxsize=4096)(self._cut)
-
-    def _cut(self, photo: int, number: int) -> tuple[Image.Image, tuple[int, int, int, int]] | None:
-        """The mask of one object, cut to its tight box, and that box (xyxy pixels of the photo)."""
-        _, segmentation, (width, height), name = self.photos[photo][1][number]
-        rle = segmentation_to_rle(segmentation, height, width, name)
-        if rle is None:
-            return None
-        x, y, w, h = (int(value) for value in coco_mask.toBbox(rle))
-        mask = coco_mask.decode(rle)[y : y + h, x : x + w]
-        return Image.fromarray(mask * np.uint8(255)), (x, y, x + w, y + h)
-
-    def choose(self, rng: Random, pool: Random, count: int) -> tuple[list[tuple[str, int, int]], Path]:
-        """`count` objects as (category, photo, number in it), and a photo whose annotations hold none of their kinds.
-
-        The objects come from a few photos, in which categories occur several times.
-        """
-        photos = [pool.randrange(len(self.photos)) for _ in range(POOL_PHOTOS)]
-        grounds = [self.paths[pool.randrange(len(self.paths))] for _ in range(POOL_PHOTOS)]
-        by_category = defaultdict(list)
-        for photo in set(photos):
-            for number, (category, *_) in enumerate(self.photos[photo][1]):
-                by_category[category].append((category, photo, number))
-        categories = rng.sample(sorted(by_category), min(len(by_category), rng.choice((1, 2, 2, 3, 3, 4))))
-        free = [path for path in sorted(set(grounds)) if not self.names[path] & set(categories)]
-        ground = rng.choice(free) if free else None
-        return [rng.choice(by_category[rng.choice(categories)]) for _ in range(count)], ground
-
-    def cut(self, photo: int, number: int, side: float, rng: Random) -> tuple[np.ndarray, np.ndarray] | None:
-        """One object scaled to a longer side of `side` pixels, perhaps mirrored: float32 (h, w, 3), uint8 alpha (h, w);
-        None if it is thinner than a pixel or would have to be enlarged more than twice."""
-        cut = self._masks(photo, number)
-        if cut is None:
-            return None
-        mask, (x0, y0, x1, y1) = cut
-        path, usable = self.photos[photo]
-        picture, original = _read_photo(path, 320)
-        if original != usable[number][2]:
-            raise ValueError(f"{path}: is {original} pixels (width, height), the annotations say {usable[number][2]}")
-        shrunk = picture.width / original[0]
-        scale = side / max(mask.size)
-        width, height = max(round(mask.width * scale), 1), max(round(mask.height * scale), 1)
-        if min(width, height) < 3 or scale > 2 * shrunk:
-            return None
-        box = tuple(value * shrunk for value in (x0, y0, x1, y1))
-        box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
-        patch = picture.resize((width, height), Image.Resampling.BILINEAR, box)
-        alpha = mask.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)
-        if rng.random() < 0.5:
-            patch, alpha = (one.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for one in (patch, alpha))
-        return np.asarray(patch, dtype=np.float32), np.asarray(alpha)
-
-
-def _bbox(annotation: dict, name: str) -> list[float]:
-    values = annotation["bbox"]
-    if not isinstance(values, list) or len(values) != 4 or not all(isinstance(one, (int, float)) for one in values):
-        raise ValueError(f"{name}: bbox {values!r} is not [x, y, width, height]")
-    return values
-
-
-@lru_cache(maxsize=CACHED_PHOTOS)
-def _read_photo(path: Path, least_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """An upright photo in RGB, reduced while its longer side stays above `least_side`, and its original size."""
-    try:
-        with Image.open(path) as photo:
-            original = photo.size
-            photo.draft("RGB", (least_side, least_side))
-            # `datasets` turns pictures upright, too.
-            turned = photo.getexif().get(Image.ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            photo = ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
-    if max(photo.size) > 2 * least_side:
-        photo = photo.reduce(max(photo.size) // least_side)
-    return photo, original[::-1] if turned else original
 
 
 def draw_scene(
@@ -551,12 +397,11 @@ def _annotate(objects: list[SceneObject], owner: np.ndarray) -> None:
     """Fill in what is visible of each object, from the map of which object a pixel belongs to."""
     numbers = np.arange(len(objects), dtype=np.int8)
     visible = np.ascontiguousarray(owner.T)[None] == numbers[:, None, None]  # (objects, x, y)
-    rles = coco_mask.encode(visible.view(np.uint8).transpose(2, 1, 0))
-    boxes, areas = coco_mask.toBbox(rles).tolist(), coco_mask.area(rles).tolist()
-    for one, rle, (x, y, w, h), area in zip(objects, rles, boxes, areas, strict=True):
-        one.mask = {"size": list(owner.shape), "counts": rle["counts"].decode("ascii")}
-        one.box, one.area = [x, y, x + w, y + h], area
-        one.x, one.y = x + w / 2, y + h / 2
+    areas = visible.sum((1, 2)).tolist()
+    for one, mask, area in zip(objects, visible.transpose(0, 2, 1), areas, strict=True):
+        one.mask, one.box, one.area = encode_rle(mask), tight_box(mask), area
+        x0, y0, x1, y1 = one.box
+        one.x, one.y = x0 + (x1 - x0) / 2, y0 + (y1 - y0) / 2
         left, top, whole = one.window
         total = int(whole.sum())
         one.hidden = 1 - area / total
