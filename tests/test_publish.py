@@ -863,9 +863,7 @@ PAGE = (ROOT / "docs/publishing.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_the_page_on_publishing_followed_literally(hub, output, tiny_backbones, adapter_output, tmp_path):
     """Every command of docs/publishing.md in order, then its Python, against the Hub of this test."""
-    for path in ROOT.iterdir():
-        if path.name not in {"outputs", ".git"} and not path.name.endswith(".safetensors"):
-            (tmp_path / path.name).symlink_to(path) if path.name != "output" else None
+    (tmp_path / "publish.py").symlink_to(ROOT / "publish.py")
     outputs = tmp_path / "outputs"
     shutil.copytree(output, outputs / "mine")
     shutil.copytree(adapter_output, outputs / "joined")
