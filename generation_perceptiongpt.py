@@ -4,6 +4,7 @@ generation loop. Every step records one hidden state and one probability a row; 
 all, once after the loop.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class SignalState:
     Attributes:
         mask_features (`torch.Tensor` of shape `(images, cells, width)` or `None`): what masks are decoded from.
         mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
-        image_of_row (`torch.Tensor` of shape `(rows,)`): the last picture of each row, -1 for none.
+        image_of_row (`torch.Tensor` of shape `(rows,)`): the last image of each row, -1 for none.
         prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
             where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
         prompt_start (`int`): how many tokens the cache held before them.
@@ -91,7 +92,7 @@ class SignalState:
         self.states, self.probabilities, self.step_embeds = [], [], []
 
     def add_images(self, images_per_row: torch.Tensor, mask_features, mask_pixel_values) -> None:
-        """Appends the pictures of a new prompt, rows in order."""
+        """Appends the images of a new prompt, rows in order."""
         last = self.num_images + images_per_row.cumsum(0) - 1
         self.image_of_row = torch.where(images_per_row > 0, last, self.image_of_row)
         self.num_images += int(images_per_row.sum())
@@ -101,7 +102,7 @@ class SignalState:
                 setattr(self, name, new if old is None else torch.cat([old, new]))
 
     def expand(self, expand_size: int) -> None:
-        """Repeats every row, as the library does for beams and returned sequences. Pictures are not copied."""
+        """Repeats every row, as the library does for beams and returned sequences. Images are not copied."""
         self.image_of_row = self.image_of_row.repeat_interleave(expand_size, dim=0)
         if self.prompt_embeds is not None:
             self.prompt_embeds = self.prompt_embeds.repeat_interleave(expand_size, dim=0)
@@ -119,7 +120,7 @@ class SignalState:
 
 
 class PerceptionGPTGenerationMixin(GenerationMixin):
-    """`generate` with boxes and masks in and out."""
+    """`generate` with signals in and out."""
 
     # Run outside `forward`, so FSDP has to gather the weights for them as it does for `forward`.
     _signal_entry_points = ("get_image_features", "get_mask_features", "encode_signals", "decode_signals", "feed_back")
@@ -149,7 +150,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         `mask_pixel_values`, and of each signal `boxes`, `boxes_valid`, `boxes_read` and so on.
 
         To continue from the cache of an earlier call, pass its `past_key_values` and `sequences` (with text appended or
-        not) and the pictures and signals of the new text only.
+        not) and the images and signals of the new text only.
 
         Returns:
             What the library returns; with `return_dict_in_generate=True` the fields of [`SignalGenerateFields`] beside.
@@ -211,7 +212,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             )
 
     def _begin_signals(self, kwargs: dict) -> tuple[SignalState, dict]:
-        """Encodes the pictures and signals of the prompt, each once and before any row is repeated."""
+        """Encodes the images and signals of the prompt, each once and before any row is repeated."""
         signals = take_signal_inputs(kwargs)
         for name in ("mask_image_index", "signal_image_index"):
             kwargs.pop(name, None)
@@ -369,7 +370,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         return past_key_values
 
     def _add_objects(self, output, state: SignalState, prompt_length: int):
-        """Decodes every emitted `<vis>` to its box and its mask, in one batch."""
+        """Decodes every emitted `<vis>` to its value of each signal, in one batch."""
         answers = output.sequences[:, prompt_length:]
         num_sequences, length = answers.shape
         device = state.states[0].device
@@ -399,7 +400,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         )
 
     def _image_features(self, state: SignalState, image_of_slot: torch.Tensor, valid: torch.Tensor):
-        """What masks are decoded from, and each slot's index into it; a finer pass sees pictures with a `<vis>`."""
+        """What masks are decoded from, and each slot's index into it; a finer pass sees images with a `<vis>`."""
         if state.mask_pixel_values is not None:
             image_of_slot = torch.where(valid, image_of_slot, -1)
             wanted = image_of_slot[image_of_slot >= 0].unique()
@@ -421,9 +422,8 @@ CONTINUOUS_BATCHING_REFUSED = (
 
 def register_entry_points(model) -> None:
     """Lets FSDP2 gather the weights around the methods that `generate` calls beside `forward`."""
-    if type(model).__name__.startswith("FSDP") and not getattr(model, "_entry_points_registered", False):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # there if anyone has sharded a model
+    if fsdp and isinstance(model, fsdp.FSDPModule) and not getattr(model, "_entry_points_registered", False):
         for name in model._signal_entry_points:
-            register_fsdp_forward_method(model, name)
+            fsdp.register_fsdp_forward_method(model, name)
         model._entry_points_registered = True

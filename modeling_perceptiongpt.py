@@ -1,24 +1,36 @@
 """
-PerceptionGPT (arXiv 2311.06612): a vision tower, a language model, and `<vis>`, whose embedding is computed from a box
-or a mask on the way in and whose predicting hidden state is decoded to a box and a mask on the way out.
+PerceptionGPT (arXiv 2311.06612): a vision tower, a language model, and `<vis>`, whose embedding is computed from a
+signal (a box, a mask, a point) on the way in and whose predicting hidden state is decoded to them on the way out.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
+from .encoding_perceptiongpt import SignalModulesMixin
 from .generation_perceptiongpt import PerceptionGPTGenerationMixin
 from .joining_perceptiongpt import JoiningMixin
+from .losses_perceptiongpt import signal_losses
+from .outputs_perceptiongpt import (
+    PerceptionGPTImageFeatures,
+    PerceptionGPTModelOutputWithPast,
+    PerceptionGPTOutputWithPast,
+)
 from .signal_perceptiongpt import SignalEmbeddingNorm
-from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs, with_signal_fields
-from .slots_perceptiongpt import align_slots, prepare_slots, several_processes, slot_images, slot_positions
+from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs
+from .slots_perceptiongpt import (
+    additive_mask,
+    align_slots,
+    prepare_slots,
+    require_finer_images,
+    several_processes,
+    slot_images,
+    slot_positions,
+)
 from .vision_perceptiongpt import (
     FeatureMixture,
     PerceptionGPTMultiModalProjector,
@@ -34,75 +46,6 @@ from .vision_perceptiongpt import (
 logger = logging.get_logger(__name__)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-@dataclass
-class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
-    r"""
-    pooler_output (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`):
-        What stands in for the `<image>` tokens of each picture.
-    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`):
-        What the mask decoder reads, from the same pass of the tower; `None` where the config has a finer mask path.
-    """
-
-    mask_features: torch.Tensor | None = None
-
-
-@dataclass
-class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    image_hidden_states (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`, *optional*):
-        The projected features of the pictures.
-    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`, *optional*):
-        The features that the mask decoder reads.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    mask_features: torch.Tensor | None = None
-
-
-@with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
-@dataclass
-class PerceptionGPTOutputWithPast(ModelOutput):
-    r"""
-    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
-        The sum of the terms below, each already weighted (paper, equations 2 to 5).
-    loss_lm, loss_box, loss_mask, loss_point, loss_iou (`torch.Tensor` of shape `()`, *optional*):
-        Cross-entropy; L1 + GIoU; binary cross-entropy + Dice; L1; squared error of the predicted IoUs and of the
-        predicted scores of points. Each is a sum over its own tokens, boxes, masks or points, divided by their number.
-    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`)
-    past_key_values (`Cache`, *optional*)
-    pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
-        xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
-    pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): on the padded square.
-    pred_points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): xy in 0..1 of the padded square.
-    pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
-    pred_point_score (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
-        How near to its target each point is expected to be, see [`PointSignal.loss`].
-    last_hidden_state (`torch.Tensor` of shape `(batch_size, kept, hidden_size)`, *optional*):
-        The states that `logits` was read from; left out when there are `labels`.
-    hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): of the language model.
-    image_hidden_states (`torch.Tensor`, *optional*): the projected features of the images.
-    """
-
-    loss: torch.Tensor | None = None
-    loss_lm: torch.Tensor | None = None
-    loss_box: torch.Tensor | None = None
-    loss_mask: torch.Tensor | None = None
-    loss_point: torch.Tensor | None = None
-    loss_iou: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    pred_boxes: torch.Tensor | None = None
-    pred_mask_logits: torch.Tensor | None = None
-    pred_points: torch.Tensor | None = None
-    pred_box_iou: torch.Tensor | None = None
-    pred_mask_iou: torch.Tensor | None = None
-    pred_point_score: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 class PerceptionGPTPreTrainedModel(PreTrainedModel):
@@ -150,7 +93,7 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.logits, 6.0 * one_hot)
 
 
-class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
+class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
     """
     The vision tower, the language model without its head, and the signal modules.
 
@@ -180,27 +123,11 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         # Gemma scales its token embeddings inside the embedding layer.
         embedding_scale = getattr(self.language_model.get_input_embeddings(), "scalar_embed_scale", 1.0)
         embedding_rms = embedding_scale * getattr(config.text_config, "initializer_range", 0.02)
-        self.signals = {name: SIGNALS[name] for name in config.signals}
-        self._signal_module_names = []
         parts.extend(self.multi_modal_projector.modules())
-        for signal in self.signals.values():
-            for name, module in signal.build_modules(config, embedding_rms).items():
-                setattr(self, name, module)
-                self._signal_module_names.append(name)
-                parts.extend(module.modules())
+        parts.extend(self.add_signal_modules(config, embedding_rms))
         for part in parts:
             part.is_signal_part = True
-        # Coordinates stay float32 whatever the rest is loaded in.
-        self._keep_in_fp32_modules_strict = self._signal_module_names
-        self._no_split_modules = [
-            *self._no_split_modules,
-            *(type(module).__name__ for module in self.signal_modules().values()),
-        ]
         self.post_init()
-
-    def signal_modules(self) -> dict[str, nn.Module]:
-        """The modules of the checkpoint's signals by attribute name."""
-        return {name: getattr(self, name) for name in self._signal_module_names}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -288,68 +215,6 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
         """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_cells, feature_size)`."""
         return self._mask_features(self._vision_layers(mask_pixel_values)[1])
 
-    def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
-        """
-        Embeddings of `<vis>` slots: the mean over the signals that are read.
-
-        Args:
-            values (`dict[str, torch.Tensor]`): by signal name, of shape `(batch_size, K, ...)` or `(1, 1, ...)`.
-            read (`dict[str, torch.Tensor]`): by signal name, bool of shape `(batch_size, K)` or `(1, 1)`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, K, hidden_size)`, float32, of no meaning where nothing is read.
-        """
-        total, count = 0, 0
-        # Outside autocast: bfloat16 coordinates would fall into bins.
-        with torch.autocast(next(iter(values.values())).device.type, enabled=False):
-            for name, value in values.items():
-                embeddings = self.signals[name].encode(self, value.flatten(0, 1)).unflatten(0, value.shape[:2])
-                weight = read[name][..., None].to(embeddings)
-                total, count = total + weight * embeddings, count + weight
-            return total / count.clamp(min=1)
-
-    def decode_signals(
-        self,
-        states: torch.Tensor,
-        image_features: torch.Tensor,
-        image_index: torch.Tensor,
-        names=None,
-        every_signal: bool = False,
-    ) -> dict:
-        """
-        Decodes final-norm hidden states, each the one that predicts a `<vis>`.
-
-        Args:
-            states (`torch.Tensor` of shape `(N, hidden_size)`)
-            image_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`)
-            image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
-            names (`Iterable[str]`, *optional*): the signals to decode; by default all.
-            every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
-
-        Returns:
-            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
-            quality `(N,)`.
-        """
-        decoded = {}
-        with torch.autocast(states.device.type, enabled=False):
-            for name, signal in self.signals.items():
-                if names is None or name in names:
-                    decoded[name] = signal.decode(self, states, image_features, image_index)
-                elif every_signal:
-                    decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
-        return decoded
-
-    def feed_back(self, states: torch.Tensor) -> torch.Tensor:
-        """
-        Closes the loop: states `(rows, hidden_size)` to the values they decode to, and those to the embeddings, of the
-        same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
-        back: the box alone, unless another one says so.
-        """
-        with torch.autocast(states.device.type, enabled=False):
-            fed_back = [signal for signal in self.signals.values() if signal.fed_back]
-            embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
-            return sum(embeddings) / len(embeddings)
-
     def token_mask(self, input_ids, inputs_embeds, token_id: int) -> torch.Tensor:
         """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding if there are no ids."""
         if input_ids is not None:
@@ -391,10 +256,10 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`): flat, rows in order.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Or bool `(batch_size, 1, sequence_length, sequence_length)`, True = attends, for rows that pack several
-                questions behind one picture; `position_ids` must then be given.
+                questions behind one image; `position_ids` must then be given.
             mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')`, *optional*): for the finer mask path.
             mask_image_index (`torch.LongTensor` of shape `(images,)`, *optional*):
-                Row of `mask_pixel_values` of each picture, -1 where it was left out; by default picture i has row i.
+                Row of `mask_pixel_values` of each image, -1 where it was left out; by default image i has row i.
             boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
                 xyxy in 0..1 of the padded square; slot k is the k-th `<vis>` of its row.
             masks (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): same slots, on the padded square.
@@ -448,7 +313,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             torch_compilable_check(
                 image_mask.sum() == image_features.shape[0] * image_features.shape[1],
                 lambda: (
-                    f"The rows hold {image_mask.sum()} {IMAGE_TOKEN} tokens, the {image_features.shape[0]} pictures "
+                    f"The rows hold {image_mask.sum()} {IMAGE_TOKEN} tokens, the {image_features.shape[0]} images "
                     f"given have {image_features.shape[0] * image_features.shape[1]} features: expected one token each."
                 ),
             )
@@ -486,7 +351,7 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
 
         # With a static cache `generate` hands over a dict of masks, one for each kind of layer.
         if getattr(attention_mask, "dtype", None) == torch.bool and attention_mask.ndim == 4:
-            attention_mask = self.additive_mask(attention_mask, position_ids, inputs_embeds.dtype)
+            attention_mask = additive_mask(self.config, attention_mask, position_ids, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -503,31 +368,10 @@ class PerceptionGPTModel(PerceptionGPTPreTrainedModel):
             mask_features=mask_features,
         )
 
-    def additive_mask(self, attention_mask: torch.Tensor, position_ids, dtype: torch.dtype) -> torch.Tensor:
-        """A bool `(batch_size, 1, L, L)` mask as what the attention back ends add to their scores."""
-        text_config = self.config.text_config
-        if "flash" in str(text_config._attn_implementation):
-            raise ValueError(
-                "Packed rows need a 4-D attention mask, which flash attention cannot take: use sdpa or eager."
-            )
-        window = getattr(text_config, "sliding_window", None)
-        sliding = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])
-        if window is not None and sliding and window < attention_mask.shape[-1]:
-            raise ValueError(
-                f"A packed row of {attention_mask.shape[-1]} tokens is longer than the sliding window of {window}: "
-                "pack fewer questions."
-            )
-        if position_ids is None:
-            raise ValueError("A 4-D `attention_mask` needs `position_ids`: each packed question restarts its own.")
-        lowest = torch.finfo(dtype).min
-        return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
-            ~attention_mask, lowest
-        )
-
 
 class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel):
     """
-    PerceptionGPT with its language modelling head: reads pictures, text, boxes and masks; writes text, boxes and masks.
+    PerceptionGPT with its language modelling head: reads images, text and signals; writes text and signals.
 
     Args:
         config ([`PerceptionGPTConfig`])
@@ -675,7 +519,7 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
             # Without labels every signal is predicted, with them those that may have a target.
             names = list(self.model.signals) if labels is None else slots["given"]
             if self.config.mask_image_size and mask_pixel_values is None and outputs.image_hidden_states is not None:
-                self.require_finer_images(names, slots, supervised if labels is not None else None)
+                require_finer_images(self.config, names, slots, supervised if labels is not None else None)
             states = hidden_states.gather(
                 1, (positions - 1).clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[2])
             )
@@ -691,7 +535,15 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
                 parts = [part.unflatten(0, positions.shape) for part in decoded[name]]
                 fields |= dict(zip(SIGNALS[name].prediction_names, parts, strict=True))
         if labels is not None:
-            fields |= self.compute_losses(logits, labels, slots, supervised, decoded, num_items_in_batch, counts)
+            loss_lm = self.config.lm_loss_weight * self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+            )
+            share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+            terms, loss_iou = signal_losses(self.config, decoded, slots, supervised, counts, share)
+            zero = loss_lm.new_zeros(())
+            terms = {signal.loss_name: terms.get(signal.loss_name, zero) for signal in self.model.signals.values()}
+            terms["loss_iou"] = zero + loss_iou
+            fields |= {"loss": sum(terms.values(), start=loss_lm), "loss_lm": loss_lm, **terms}
         return PerceptionGPTOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -701,46 +553,6 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
             image_hidden_states=outputs.image_hidden_states,
             **fields,
         )
-
-    def require_finer_images(self, names, slots: dict, supervised: torch.Tensor | None) -> None:
-        """`ValueError` if a signal is decoded from images whose finer pixels are missing, and the result matters."""
-        message = (
-            f"The model decodes masks from images at {self.config.mask_image_size} pixels, but `mask_pixel_values` is "
-            "missing; pass what the processor of this checkpoint returns under that name."
-        )
-        for name in names:
-            if SIGNALS[name].reads_image and supervised is None:
-                raise ValueError(message)
-            if SIGNALS[name].reads_image:
-                wanted = supervised & slots["valid"][name].to(supervised.device)
-                torch_compilable_check(~wanted.any(), message)
-
-    def compute_losses(self, logits, labels, slots, supervised, decoded, num_items_in_batch, counts) -> dict:
-        """`loss` and its terms (paper, equations 2 to 6) by name; each is a sum over its own count."""
-        loss_lm = self.config.lm_loss_weight * self.loss_function(
-            logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
-        )
-        share = 1.0
-        if num_items_in_batch is not None:
-            # Of a step that this batch is a part of, where only the step's tokens were counted.
-            share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-        terms = {SIGNALS[name].loss_name: loss_lm.new_zeros(()) for name in self.model.signals}
-        loss_iou = loss_lm.new_zeros(())
-        for name, (predictions, quality) in decoded.items():
-            targets = slots["values"][name].flatten(0, 1).to(predictions.device)
-            wanted = (supervised & slots["valid"][name].to(supervised.device)).flatten()
-            value_loss, quality_loss = SIGNALS[name].loss(self.config, predictions, quality, targets)
-            value_loss, quality_loss = (value_loss * wanted).sum(), (quality_loss * wanted).sum()
-            count = counts.get(SIGNALS[name].count_name)
-            if count is None:
-                count = wanted.sum().clamp(min=1) / share
-            value_loss, quality_loss = value_loss / count, quality_loss / count
-            terms[SIGNALS[name].loss_name] = value_loss
-            loss_iou = loss_iou + quality_loss
-        loss = loss_lm
-        for term in (*terms.values(), loss_iou):
-            loss = loss + term
-        return {"loss": loss, "loss_lm": loss_lm, **terms, "loss_iou": loss_iou}
 
 
 PerceptionGPTModel.register_for_auto_class("AutoModel")

@@ -6,6 +6,7 @@ All shapes are fixed by the caller's, so that the host never waits to learn how 
 
 import torch
 from torch.nn import functional as F
+from transformers.utils import torch_compilable_check
 
 from .signals_perceptiongpt import SIGNALS, refuse_signal
 
@@ -108,3 +109,44 @@ def several_processes() -> bool:
     """Whether this process is one of several that train or evaluate together, and wait for each other's modules."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def require_finer_images(config, names, slots: dict, supervised: torch.Tensor | None) -> None:
+    """
+    `ValueError` if signals are decoded from images whose finer pixels are missing, and the result matters.
+
+    Args:
+        names (`Iterable[str]`): the signals that are decoded.
+        supervised (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
+            Bool, the slots whose values matter if they are valid; all of them by default.
+    """
+    message = (
+        f"The model decodes masks from images at {config.mask_image_size} pixels, but `mask_pixel_values` is missing; "
+        "pass what the processor of this checkpoint returns under that name."
+    )
+    for name in names:
+        if SIGNALS[name].reads_image:
+            if supervised is None:
+                raise ValueError(message)
+            wanted = supervised & slots["valid"][name].to(supervised.device)
+            torch_compilable_check(~wanted.any(), message)
+
+
+def additive_mask(config, attention_mask: torch.Tensor, position_ids, dtype: torch.dtype) -> torch.Tensor:
+    """A bool `(batch_size, 1, L, L)` mask as what the attention back ends add to their scores."""
+    text_config = config.text_config
+    if "flash" in str(text_config._attn_implementation):
+        raise ValueError("Packed rows need a 4-D attention mask, which flash attention cannot take: use sdpa or eager.")
+    window = getattr(text_config, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and sliding and window < attention_mask.shape[-1]:
+        raise ValueError(
+            f"A packed row of {attention_mask.shape[-1]} tokens is longer than the sliding window of {window}: "
+            "pack fewer questions."
+        )
+    if position_ids is None:
+        raise ValueError("A 4-D `attention_mask` needs `position_ids`: each packed question restarts its own.")
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
+        ~attention_mask, lowest
+    )

@@ -13,7 +13,9 @@ from perceptiongpt.data.reading import (
     find_coco_image,
     find_image,
     picture_size,
+    plain_name,
     safe_join,
+    without_copies,
 )
 from perceptiongpt.data.schema import check_size, check_unicode, naming
 from perceptiongpt.data.templates import stable_generator
@@ -21,7 +23,6 @@ from perceptiongpt.geometry_perceptiongpt import clip_box
 
 
 MARKERS = re.compile("|".join(map(re.escape, ADDED_TOKENS)))
-ARCHIVE_SUFFIXES = ("", ".gz", ".xz", ".zip", ".tar.xz", ".tar.gz", ".tar")
 
 
 @dataclass
@@ -94,13 +95,13 @@ def chosen_tasks(tasks: Iterable[str] | None, offered: Iterable[str], source: st
 
 
 def usual_files(root: str | Path, names: Iterable[str]) -> list[Path]:
-    """Of each name, the first file there is: in `root` or `root/annotations`, plain or packed (`.gz`, `.zip`, ..)."""
-    folders = (Path(root), Path(root) / "annotations")
-    found = []
-    for name in names:
-        candidates = (folder / (name + suffix) for suffix in ARCHIVE_SUFFIXES for folder in folders)
-        found += [path for path in candidates if path.is_file()][:1]
-    return found
+    """The files of these names in `root` or `root/annotations`, plain or packed, in the order of the names.
+
+    Raises:
+        ValueError: if there are two files of one name.
+    """
+    there = [path for folder in (Path(root), Path(root) / "annotations") for path in folder.glob("*") if path.is_file()]
+    return [path for name in names for path in without_copies(p for p in there if plain_name(p) == name)]
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------

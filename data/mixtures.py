@@ -29,13 +29,11 @@ from pyarrow import compute, parquet
 from torch.utils.data import get_worker_info
 
 from perceptiongpt.data.collator import picture_key
-from perceptiongpt.data.conversation import coco_image_id
-from perceptiongpt.data.formats.refcoco_family import refcoco_family_eval_images
+from perceptiongpt.data.leakage import LeftOutImages, refcoco_family_eval_images
 from perceptiongpt.data.prepare import prepare
-from perceptiongpt.data.reading import open_file, stream_json_array
 from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import describe_row, row_features, row_images
-from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.data.sources import default_split, prepared_files
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.images_perceptiongpt import read_image
 
@@ -53,12 +51,6 @@ MIXTURE_DEFAULTS = {
 }
 PART_KEYS = ("weight", "per_epoch", "questions")  # the last: of `DrawnPart`
 PREPARE_KEYS = ("pictures", "num_proc", "on_error", "rows_per_shard")  # of `prepare`, for a source by name
-# Sources whose `image_id`, where it is a number, is COCO's; and those whose is unless the picture's file is named
-# otherwise than COCO's.
-COCO_SOURCES = {"lvis", "refer", "minigpt4_rec", "grefcoco", "vqav2", "okvqa", "hub"}
-MOSTLY_COCO_SOURCES = {"coco", "coco_captions", "coco_panoptic", "shikra_rec", "refcocos", "pope", "llava", "viscot"}
-# Pictures of Visual Genome in LLaVA's and Visual-CoT's data, by Visual Genome's numbers (GQA, Visual7W: its pictures).
-VISUAL_GENOME_NAME = re.compile(r"(?:^|/)(?:VG_100K(?:_2)?/|gqa/(?:images/)?|v7w_)(\d+)$")
 CACHED_GROUPS = 2
 
 
@@ -418,7 +410,7 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
     is_left_out = None
     if settings["leave_out"]:
         paths = [settings["leave_out"]] if isinstance(settings["leave_out"], str) else settings["leave_out"]
-        is_left_out = _LeftOut(refcoco_family_eval_images(*paths), settings["image_data"])
+        is_left_out = LeftOutImages(refcoco_family_eval_images(*paths), settings["image_data"])
     parts = []
     names = Counter()
     for entry in settings["mixture"]:
@@ -437,44 +429,15 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
         if source == "parquet":
             root, split = entry["root"], entry.get("split", "train")
         else:
+            split = entry.get("split") or default_split(source)
             digest = blake2b(json.dumps(entry, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-            root, split = Path(cache) / f"{source}-{digest}", entry.get("split", "train")
+            root = Path(cache) / f"{source}-{digest}"
             prepare(source, root, **entry)
         name = Path(root).name if source == "parquet" else source
         names[name] += 1
         name = name if names[name] == 1 else f"{name} ({names[name]})"
         parts.append(Part(name, prepared_files(root, split), is_left_out=is_left_out, **own))
     return parts
-
-
-class _LeftOut:
-    """Whether a row is about one of the pictures whose COCO numbers are given.
-
-    Numbers of other collections run over the same range, so a number counts only where the source or the name of the
-    picture's file says that it is COCO's.
-    """
-
-    def __init__(self, coco_ids: set[str], image_data: str | Path | None):
-        self.coco_ids, self.of_visual_genome = coco_ids, None
-        if image_data is not None:
-            with open_file(image_data) as stream:
-                found = [record for record in stream_json_array(stream) if str(record.get("coco_id")) in coco_ids]
-            self.of_visual_genome = {str(record.get("image_id", record.get("id"))) for record in found}
-
-    def __call__(self, source: str, image_id: str, paths: tuple[str | None, ...] = ()) -> bool:
-        found = VISUAL_GENOME_NAME.search(image_id)
-        if source == "visual_genome" or found:
-            if self.of_visual_genome is None:
-                raise ValueError(
-                    f"leave_out: whether Visual Genome's picture {image_id!r} ({source}) is one of COCO's is known "
-                    "from image_data.json; name it as image_data"
-                )
-            return (found[1] if found else image_id) in self.of_visual_genome
-        names = [path for path in paths if path]
-        numbers = {coco_image_id(name) for name in names}
-        if source in COCO_SOURCES or (source in MOSTLY_COCO_SOURCES and not names):
-            numbers.add(image_id)
-        return not numbers.isdisjoint(self.coco_ids)
 
 
 def print_parts(parts: list[Part]) -> None:

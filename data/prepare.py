@@ -39,6 +39,7 @@ from perceptiongpt.data.schema import decode_rle, describe_row, row_features, ro
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
+    default_split,
     prepared_files,
     raw_rows,
     source_arguments,
@@ -66,7 +67,7 @@ def prepare(
     source: str,
     output: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     pictures: str = "path",
     num_proc: int = 1,
     on_error: str = "raise",
@@ -79,7 +80,7 @@ def prepare(
     Args:
         source: one of `data.sources.SOURCES`.
         output: the folder to write to; other splits may be there already.
-        split: handed to the source; also what the files are called.
+        split: handed to the source, and what the files are called; None: the source's own default.
         pictures: `path` (the shards name the files), `embed` (they hold them) or `none`.
         num_proc: processes that check rows, open pictures and write; the source itself is read by one.
         on_error: `raise` at the first bad record, or `skip` and count it.
@@ -96,6 +97,7 @@ def prepare(
     if pictures not in ROWS_PER_SHARD or on_error not in ("raise", "skip"):
         raise ValueError(f"pictures {pictures!r} is one of path, embed, none; on_error {on_error!r} of raise, skip")
     rows_per_shard = rows_per_shard or ROWS_PER_SHARD[pictures]
+    split = default_split(source) if split is None else split
     if min(num_proc, rows_per_shard) < 1:
         raise ValueError(f"num_proc {num_proc} and rows_per_shard {rows_per_shard} must be at least 1")
     if not re.fullmatch(r"\w[\w.+-]*", split):
@@ -265,11 +267,17 @@ class _Summary:
         self.clipped += report["clipped"]
         self.images.update(report["image_digests"])
         for task, counts in report["tasks"].items():
+            counts = {key: counts.get(key, 0) for key in COUNTED}
             self.tasks[task] = dict(Counter(counts) + Counter(self.tasks.get(task, {})))
         self.problems.update(Problems(True, counts=Counter(report["left_out"]), examples=report["examples"]))
 
     def as_dict(self, with_images: bool = False) -> dict:
-        tasks = {task: {key: self.tasks[task].get(key, 0) for key in COUNTED} for task in sorted(self.tasks)}
+        left_out = self.problems.by_task
+        tasks = {
+            task: {key: self.tasks.get(task, {}).get(key, 0) for key in COUNTED}
+            | ({"left_out": dict(sorted(left_out[task].items()))} if task in left_out else {})
+            for task in sorted({*self.tasks, *left_out})
+        }
         summary = {"rows": self.rows, "images": len(self.images), "clipped": self.clipped, "tasks": tasks}
         summary |= {"left_out": dict(sorted(self.problems.counts.items())), "examples": self.problems.examples}
         return {**summary, "image_digests": sorted(self.images)} if with_images else summary
@@ -376,6 +384,9 @@ def print_summary(split: str, summary: dict) -> None:
         print(f"  {task:<20}" + "".join(f"{counts.get(key, 0):>12,}" for key in COUNTED))
     if summary["clipped"]:
         print(f"  {summary['clipped']:,} boxes and points overhung their image by at most a pixel and were clipped")
+    for task, counts in summary["tasks"].items():
+        for reason, count in counts.get("left_out", {}).items():
+            print(f"  no row of {task}: {count:,} x {reason}")
     for reason, count in summary["left_out"].items():
         print(f"  left out: {count:,} x {reason}")
         examples = [example for example in summary["examples"] if example.startswith(f"{reason}: ")]
@@ -468,12 +479,18 @@ def _takes_several(parameter: inspect.Parameter) -> bool:
 
 def _source_epilog(name: str, summary: str, entries: dict[str, str]) -> str:
     """What `--help` says of a source: what it reads and makes, and what the options for every source mean to it."""
-    said = {}
+    said, default = {}, f" Default: {default_split(name)}."
+    entries = {"split": "picks the files, and is what the column `split` says."} | entries
     for argument in COMMON_ARGUMENTS:
         if argument in entries and argument != "problems":  # which is --on_error
             said.setdefault(entries[argument], []).append(argument)
     lines = [
-        textwrap.fill(f"{', '.join(arguments)}: {entry}", 100, initial_indent="  ", subsequent_indent="      ")
+        textwrap.fill(
+            f"{', '.join(arguments)}: {entry}{default if 'split' in arguments else ''}",
+            100,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
         for entry, arguments in said.items()
     ]
     return "\n".join([f"the source {name}:", "", summary, "", *lines])
@@ -491,7 +508,7 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
     parser.add_argument("--root", metavar="DIR", help="the folder with the data set as its authors pack it")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--split", nargs="+", default=["train"], help="one or more splits")
+    parser.add_argument("--split", nargs="+", help="one or more splits (default: the source's own, see its --help)")
     parser.add_argument("--images", metavar="DIR", help="the folder of the pictures, if it is elsewhere")
     parser.add_argument("--annotations", nargs="+", metavar="FILE", help="annotation files that are elsewhere")
     parser.add_argument("--tasks", nargs="+", help="only these of the source's tasks")
@@ -560,7 +577,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for name, value in common.items():
             if value is not None and name not in takes:
                 raise ValueError(f"source {options.source!r} takes no --{name}")
-        for split in options.split:
+        for split in options.split or [default_split(options.source)]:
             summary = prepare(
                 options.source,
                 options.output,

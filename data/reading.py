@@ -4,6 +4,7 @@ Errors are `ValueError`s that name the file, the record, the value and what was 
 goes through `Problems`, so that the user can choose to stop or to skip and count.
 """
 
+import bz2
 import codecs
 import gzip
 import io
@@ -27,9 +28,10 @@ from PIL import Image
 from perceptiongpt.images_perceptiongpt import upright_size
 
 
-TAR_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tgz", ".txz")
-PACKED = (".zip", *TAR_SUFFIXES)
-FIRST_BYTES = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip"}  # 05 06: empty
+PACKING_SUFFIXES = (".gz", ".gzip", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".txz", ".tbz2")
+COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}  # by a file's first bytes
+ZIP_STARTS = (b"PK\3\4", b"PK\5\6")
+TAR_NAME = re.compile(r"\.(tar(\.\w+)?|t[gx]z|tbz2)$", re.IGNORECASE)
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 CHUNK_BYTES = 1 << 20
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 2000
@@ -54,12 +56,14 @@ class Problems:
         keep: messages that are listed of each reason.
         counts: how often each reason occurred, what `leave_out` counts included.
         examples: the first messages of each reason, as "<reason>: <where>: <message>".
+        by_task: per task, how many of its rows could not be made, by reason; other tasks may use the same record.
     """
 
     skip: bool = False
     keep: int = 20
     counts: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    by_task: dict[str, Counter] = field(default_factory=dict)
 
     def report(self, where: str, problem: str | ValueError, reason: str = "broken record") -> None:
         """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it.
@@ -83,9 +87,16 @@ class Problems:
         if count:
             self.counts[reason] += count
 
+    def leave_out_row(self, task: str, reason: str, count: int = 1) -> None:
+        """Rows that a task cannot make of a record that is whole: counted for that task alone."""
+        if count:
+            self.by_task.setdefault(task, Counter())[reason] += count
+
     def update(self, other: "Problems") -> None:
         """Add what another process or file has found."""
         self.counts.update(other.counts)
+        for task, counts in other.by_task.items():
+            self.by_task.setdefault(task, Counter()).update(counts)
         for example in other.examples:
             self._list(example)
 
@@ -124,7 +135,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_file(path: str | Path, member: str = "*") -> BinaryIO:
-    """Open a file for reading bytes, plain or packed: gzip, xz and zip by content, tar by name (`.tar`, `.tar.*`).
+    """Open a file for reading bytes: plain, gzip, xz, bzip2, zip and tar alike, told apart by their content.
 
     Args:
         path: the file.
@@ -135,32 +146,22 @@ def open_file(path: str | Path, member: str = "*") -> BinaryIO:
             exactly one such member.
     """
     path = Path(path)
-    lower = path.name.lower()
     owners = ()
     try:
-        packing = _packing(path)
-        if packing == "zip" or lower.endswith(PACKED):
+        if is_archive(path):
             names = [name for name, _ in _members(path, member)]
             if len(names) != 1:
                 raise ValueError(f"{path}: holds {len(names)} files named {member!r}, expected one: {names[:5]}")
             members = _members(path, member)
             stream, owners = next(members)[1], (members,)
-        elif packing == "gzip":
-            stream = gzip.open(path)
-        elif packing == "xz":
-            stream = lzma.open(path)
         else:
-            stream = path.open("rb")
+            with path.open("rb") as file:
+                start = file.read(max(map(len, COMPRESSIONS)))
+            unpack = next((unpack for magic, unpack in COMPRESSIONS.items() if start.startswith(magic)), open)
+            stream = unpack(path, "rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
     return io.BufferedReader(_Unpacked(path, stream, *owners), CHUNK_BYTES)
-
-
-def _packing(path: Path) -> str | None:
-    """How a file is packed, by its first bytes: a value of `FIRST_BYTES`, or None."""
-    with path.open("rb") as file:
-        start = file.read(max(map(len, FIRST_BYTES)))
-    return next((packing for first, packing in FIRST_BYTES.items() if start.startswith(first)), None)
 
 
 def open_members(path: str | Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
@@ -178,10 +179,50 @@ def open_members(path: str | Path, pattern: str = "*") -> Iterator[tuple[str, by
         yield name, _Unpacked(path, stream).readall()
 
 
+def is_archive(path: str | Path) -> bool:
+    """Whether a file is a zip or a tar, compressed or not: by its content, and if it is damaged by its name."""
+    path = Path(path)
+    return path.is_file() and (is_zip(path) or is_tar(path))
+
+
+def is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in ZIP_STARTS or path.name.lower().endswith(".zip")
+
+
+def is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path) or TAR_NAME.search(path.name) is not None
+    except BROKEN:
+        return TAR_NAME.search(path.name) is not None
+
+
+def plain_name(path: str | Path) -> str:
+    """The name of a file without the endings that packing adds: "a.json" for "a.json.gz"."""
+    name = Path(path).name
+    while suffix := next((suffix for suffix in PACKING_SUFFIXES if name.lower().endswith(suffix)), None):
+        name = name[: -len(suffix)]
+    return name
+
+
+def without_copies(paths: Iterable[Path]) -> list[Path]:
+    """The files, if no two of them seem to be the same, plain and packed or in two folders.
+
+    Raises:
+        ValueError: naming both files, so that the user can choose one.
+    """
+    found = {}
+    for path in paths:
+        other = found.setdefault(plain_name(path), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} have the same name; say with --annotations which one to read")
+    return list(found.values())
+
+
 def member_names(path: str | Path) -> list[str]:
     """The names of the files in a zip or tar; none for any other file."""
     path = Path(path)
-    return [name for name, _ in _members(path, "*")] if path.name.lower().endswith(PACKED) else []
+    return [name for name, _ in _members(path, "*")] if is_archive(path) else []
 
 
 def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
@@ -192,7 +233,7 @@ def _members(path: Path, pattern: str) -> Iterator[tuple[str, BinaryIO]]:
         return fnmatch(base, pattern) and not name.startswith("__MACOSX/") and not base.startswith("._")  # Finder's
 
     try:
-        if _packing(path) == "zip" or path.name.lower().endswith(".zip"):
+        if is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.infolist():
                     if not entry.is_dir() and wanted(entry.filename):

@@ -68,6 +68,11 @@ def source_arguments(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(source_function(name)).parameters)
 
 
+def default_split(name: str) -> str:
+    """The split that a source takes if none is named: `test` for a test set, else mostly `train`."""
+    return source_arguments(name)["split"].default
+
+
 def source_help(name: str) -> tuple[str, dict[str, str]]:
     """What the docstring of a source says: (what it yields, what each of its arguments means)."""
     function = source_function(name)
@@ -107,18 +112,22 @@ def _read_docstring(function: Callable, asked: tuple = ()) -> tuple[str, dict[st
 
 
 def raw_rows(name: str, **arguments) -> Iterator[dict]:
-    """The rows of a source before they are checked.
+    """The rows of a source before they are checked. Without a `root`, it is the folder of the annotations.
 
     Raises:
-        ValueError: for an argument that the source does not take, or a `root` that it needs.
+        ValueError: for an argument that the source does not take, or if it gets neither `root` nor `annotations`.
     """
     known = source_arguments(name)
     if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(f"source {name!r} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
-    if known["root"].default is inspect.Parameter.empty and arguments.get("root") is None:
-        raise ValueError(f"source {name!r} needs a root: the folder with the files of that data set")
-    if isinstance(arguments.get("annotations"), str):
+    if isinstance(arguments.get("annotations"), (str, Path)):
         arguments["annotations"] = [arguments["annotations"]]
+    if known["root"].default is inspect.Parameter.empty and arguments.get("root") is None:
+        if not arguments.get("annotations"):
+            also = ", or annotations: the files themselves" if "annotations" in known else ""
+            raise ValueError(f"source {name!r} needs a root: the folder with the files of that data set{also}")
+        first = Path(arguments["annotations"][0])
+        arguments["root"] = first if first.is_dir() else first.parent
     if isinstance(arguments.get("tasks"), str):
         arguments["tasks"] = [arguments["tasks"]]
     return source_function(name)(arguments.pop("root", None), **arguments)

@@ -393,7 +393,7 @@ def training_section(recipe: dict, steps: int | None, facts: Facts) -> list[str]
         rank = f" of rank {adapter['rank']}" if adapter["mode"] in ("lora", "qlora") and adapter.get("rank") else ""
         lines.append(f"Adapter mode `{adapter['mode']}`{rank}.")
     if steps:
-        lines.append(f"{steps} optimizer steps.")
+        lines.append(f"{steps} optimizer step{'' if steps == 1 else 's'}.")
     names = list(dict.fromkeys([*(str(one.get("source", "coco")) for one in recipe_sources(recipe)), *facts.datasets]))
     if names:
         lines.append(f"Data: {', '.join(names)}.")

@@ -157,6 +157,14 @@ def test_flickr_captions_end_where_lines_end(flickr_folder):
     assert [texts(row)[1] for row in of_task(rows, "caption")] == ["Two men stand .", "They wait ."]
 
 
+def test_flickr_captions_that_do_not_describe_their_picture_are_counted(flickr_folder, tmp_path):
+    (tmp_path / "UNRELATED_CAPTIONS").write_text("# image caption\n5 2\n6 1\n")
+    problems = Problems()
+    rows = flickr_folder(sentences="Two men .\nA joke .\n", leave_out_unrelated=True, problems=problems)
+    assert [texts(row)[1] for row in of_task(rows, "caption")] == ["Two men ."]
+    assert problems.counts == {"caption listed in UNRELATED_CAPTIONS": 1}
+
+
 def test_flickr_packed_is_the_same(flickr_folder, tmp_path):
     packed = flickr_folder(packed=True)
     assert not (tmp_path / "Annotations").exists() and packed == flickr_folder()
@@ -370,6 +378,16 @@ def test_visual_genome_bad_regions_are_skipped_alone(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"record 0, image 3: .*{message}"):
             list(visual_genome_rows(small_genome(tmp_path, regions=[region]), images=False))
+
+
+def test_of_two_versions_of_visual_genome_none_is_chosen_silently(tmp_path):
+    folder = small_genome(tmp_path)
+    other = folder / "region_descriptions_v1.2.json"
+    other.write_bytes((folder / "region_descriptions.json").read_bytes())
+    with pytest.raises(ValueError, match="holds region_descriptions.json, region_descriptions_v1.2.json; say with"):
+        list(visual_genome_rows(folder, images=False))
+    files = [other, folder / "image_data.json"]
+    assert len(list(visual_genome_rows(folder, annotations=files, images=False, tasks=["refer"]))) == 1
 
 
 def test_visual_genome_questions_with_broken_objects(tmp_path):

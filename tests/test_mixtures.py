@@ -23,6 +23,7 @@ from perceptiongpt import train as training
 from perceptiongpt.data import mixtures
 from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.data.leakage import LeftOutImages
 from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Part, load_parts
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.schema import POINT_TASKS, TASKS
@@ -330,7 +331,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
     (tmp_path / "own.json").write_text(json.dumps(numbers))
     genome = [{"image_id": 9, "coco_id": 154}, {"image_id": 154, "coco_id": None}]
     (tmp_path / "image_data.json").write_text(json.dumps(genome))
-    left_out = mixtures._LeftOut({"154"}, tmp_path / "image_data.json")
+    left_out = LeftOutImages({"154"}, tmp_path / "image_data.json")
 
     kept = {}
     for source, file in (("llava", "llava.json"), ("viscot", "viscot.jsonl"), ("coco", "own.json")):
@@ -341,7 +342,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
         assert part.left_out_images == (0 if source == "coco" else 2)
         if source != "coco":
             with pytest.raises(ValueError, match="name it as image_data"):
-                Part(source, prepared_files(output), is_left_out=mixtures._LeftOut({"154"}, None))
+                Part(source, prepared_files(output), is_left_out=LeftOutImages({"154"}, None))
     assert kept["llava"] == {"gqa/images/154", "ocr_vqa/images/154", "154"}
     assert kept["viscot"] == {"flickr30k/154", "gqa/154"} and kept["coco"] == {"154"}
     # Rows without a stored name (made elsewhere, or with --no_images) go by what their source numbers.

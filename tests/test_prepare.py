@@ -17,12 +17,14 @@ from pyarrow import parquet
 
 from drawn_rows import drawn_rows
 from perceptiongpt.data import prepare as preparing
+from perceptiongpt.data.formats import coco
 from perceptiongpt.data.formats.coco import load_coco
 from perceptiongpt.data.prepare import prepare, read_summary
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
+    default_split,
     load_source,
     prepared_files,
     rows,
@@ -293,7 +295,7 @@ def test_command_line_on_real_photos(data_dir, tmp_path, capsys, monkeypatch):
         (["coco", "--no_images", "--embed_images"], "exclude each other"),
         (["refer", "--min_area_share", "1"], "unrecognized"),
         (["nothing"], "invalid choice"),
-        (["refer"], "needs a root"),
+        (["refer"], "needs a root: the folder with the files of that data set, or annotations"),
     ],
 )
 def test_wrong_command_lines(arguments, message, capsys, tmp_path):
@@ -308,7 +310,14 @@ def test_help_says_what_a_source_takes(name, capsys):
         preparing.main([name, "--help"])
     assert stop.value.code == 0
     words = " ".join(capsys.readouterr().out.split("the source " + name)[-1].split())
-    assert " root: " in words and "split" in words and "as in `" not in words and "_TASKS" not in words
+    assert f"Default: {default_split(name)}." in words
+    assert (
+        " root: " in words
+        and "split" in words
+        and f"Default: {default_split(name)}." in words
+        and "as in `" not in words
+        and "_TASKS" not in words
+    )
     for argument in source_arguments(name):
         assert argument in ("split", "problems") or source_help(name)[1].get(argument), argument
 
@@ -378,6 +387,31 @@ def test_coco_by_its_usual_folders_and_with_bad_records_left_out(data_dir, tmp_p
     gone = str(content["images"][2]["id"])
     assert found and gone not in {row["image_id"] for row in found}
     assert problems.counts["broken record"] >= 3 and any("lacks ['width']" in text for text in problems.examples)
+
+
+def test_what_each_task_leaves_out_is_counted(data_dir, tmp_path, capsys):
+    arguments = ["--root", str(data_dir / "tiny_coco"), "--output", str(tmp_path), "--min_area_share", "0.02"]
+    preparing.main(["coco", *arguments, "--tasks", "refer", "detect", "box_to_mask", "--limit", "12"])
+    tasks = json.loads((tmp_path / "summary.json").read_text())["train"]["tasks"]
+    small, alone = coco.TOO_SMALL, coco.NO_EXPRESSION
+    assert tasks["box_to_mask"]["left_out"].keys() == {small} and tasks["refer"]["left_out"].keys() >= {small, alone}
+    instances = [tasks["box_to_mask"]["rows"] + tasks["box_to_mask"]["left_out"][small]]
+    instances.append(tasks["refer"]["rows"] + sum(tasks["refer"]["left_out"].values()))
+    assert instances[0] == instances[1] > tasks["refer"]["rows"]
+    assert f"no row of refer: {tasks['refer']['left_out'][alone]} x {alone}" in capsys.readouterr().out
+
+
+def test_annotations_alone_are_enough(data_dir):
+    file = data_dir / "pope" / "coco_pope_random.json"
+    assert len(list(rows("pope", annotations=file, images=False, limit=3))) == 3
+
+
+def test_a_test_set_is_not_called_train(data_dir, tmp_path, capsys):
+    preparing.main(["pope", "--root", str(data_dir / "pope"), "--output", str(tmp_path), "--no_images", "--limit", "2"])
+    assert sorted(path.name for path in tmp_path.glob("*.parquet")) == ["test-00000-of-00001.parquet"]
+    with pytest.raises(SystemExit):
+        preparing.main(["pope", "--help"])
+    assert "Default: test." in capsys.readouterr().out
 
 
 def test_prepared_files_are_whole(tmp_path):

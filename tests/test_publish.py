@@ -4,6 +4,7 @@ Clients of the Hub are unmodified and run as processes of their own; those that 
 the package.
 """
 
+import inspect
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from backbones import TINY_SIGNALS
 from hub_server import Fault, File, Hub, Repository, client_environment, serve
-from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
+from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor, PerceptionPipeline
 from perceptiongpt.inference import checkpoint_hash
 from perceptiongpt.publishing import adapters
 from perceptiongpt.publishing.card import (
@@ -227,7 +228,7 @@ def test_refused_before_anything_is_sent(hub, upload, stage_folder, repo, token,
 
 def test_replacing_another_model_when_told_so(hub, upload, stage_folder):
     model(hub, "ann/other", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"old"})
-    assert upload(stage_folder, "ann/other", replace=True)["kept"] == []
+    assert upload(stage_folder, "ann/other", replace=True).get("kept") == []
     assert published(hub, "ann/other") == contents(stage_folder)
 
 
@@ -492,7 +493,8 @@ def test_the_card_says_what_is_known_and_what_is_not(output, tmp_path):
     ):
         assert text in content, text
     not_measured = content.split("### Not measured")[1].split("## Training")[0]
-    assert "refcoco+" in not_measured and " refcoco," not in not_measured and "scenes_refer," in not_measured
+    listed = re.findall(r"[\w+]+", " ".join(re.findall(r"Benchmarks \(\w+\): (.*)\.", not_measured)))
+    assert {"refcoco+", "coco", "pope"} < set(listed) and not {"refcoco", "scenes_refer"} & set(listed)
     assert not re.search(r"home|private/|hf_secret|hub_token", content) and str(tmp_path) not in content
 
 
@@ -671,7 +673,7 @@ def test_adapters_whose_base_nobody_could_find(adapter_output, tmp_path):
     with pytest.raises(PublishError, match="does not say what the adapter was trained on"):
         adapters.base_of_recipe({})
     other, _ = adapters.build_base(base | {"seed": 6})
-    with pytest.raises(PublishError, match="does not give model.safetensors: model.mask_.* differs"):
+    with pytest.raises(PublishError, match="does not give model.safetensors: .* differs. The base has"):
         adapters.check_same_model(adapter_output, adapter_output / "adapter", other)
     adapters.check_same_model(adapter_output, adapter_output / "adapter", adapters.build_base(base)[0])
     with pytest.raises(PublishError, match="has no adapter/adapter_config.json"):
@@ -710,47 +712,175 @@ def run(command: list, hub: Hub, home: Path, token: str | None = None, cwd: Path
     return done.stdout
 
 
-def test_a_stranger_uses_what_was_published(hub, output, tmp_path):
-    """publish.py, then `from_pretrained` and `pipeline` of a process that has neither the package nor the folder."""
-    (tmp_path / "home").mkdir()
-    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
-    evaluation = write_evaluation(tmp_path / "scores", output, "lmms-lab/refcoco")
-    command = [sys.executable, ROOT / "publish.py", "--model", output, "--repo", "ann/tiny", "--tag", "v1"]
-    command += ["--image", tmp_path / "red.png", "--text", "Find the cup.", "--evaluation", evaluation]
-    report = run([*command, "--license", "mit"], hub, tmp_path / "home", "token-ann")
-    files = published(hub, "ann/tiny", "v1")
-    assert f"published {hub.endpoint}/ann/tiny at {hub.model('ann/tiny').branches['main']}, tagged v1" in report
-    assert (
-        "optimizer.pt (pickled" in report and files["model.safetensors"] == (output / "model.safetensors").read_bytes()
-    )
-    assert {".eval_results/refcoco_testA.yaml", "images/answers.jpg", "README.md"} < files.keys()
-    assert not [name for name in files if b"SECRET" in files[name]] and b"/home/ann" not in b"".join(files.values())
-    assert ModelCard(files["README.md"].decode()).data.license == "mit"
+def forced_answer(pipe, image: str):
+    """The boxes of an answer of two `<vis>`."""
+    vis = pipe.model.config.vis_token_id
+    return pipe(image, "Find the cup.", max_new_tokens=2, sequence_bias=[[[vis], 1e4]])["boxes"].tolist()
 
-    # The download of the weights is cut off once, and resumes where it was.
-    cut = Fault("GET /storage/", after_bytes=100_000)
-    hub.faults.append(cut)
+
+def ask_as_a_stranger(hub: Hub, tmp_path: Path, output: Path, image: str) -> None:
+    """`from_pretrained` and `pipeline` of a process that has neither the package nor the folder: the same answers."""
     code = (
         STRANGER
+        + inspect.getsource(forced_answer)
         + f"""
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 model = AutoModelForImageTextToText.from_pretrained("ann/tiny", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("ann/tiny", trust_remote_code=True, revision="v1")
 pipe = pipeline("perception", model="ann/tiny", trust_remote_code=True)
-vis = model.config.vis_token_id
-forced = {{"max_new_tokens": 2, "sequence_bias": [[[vis], 1e4]]}}
-result = pipe({str(tmp_path / "red.png")!r}, "Find the cup.", **forced)
-modules = [type(part).__module__ for part in (model, processor, pipe)]
-print(json.dumps([modules, result["boxes"].tolist()]))
+print(json.dumps([[type(part).__module__ for part in (model, processor, pipe)], forced_answer(pipe, {image!r})]))
 """
     )
     stranger = run([sys.executable, "-I", "-c", code], hub, tmp_path / "stranger")
     modules, boxes = json.loads(stranger.splitlines()[-1])
-    assert cut.reached.is_set() and all(name.startswith("transformers_modules.ann.tiny") for name in modules)
-    from perceptiongpt import PerceptionPipeline
+    assert all(name.startswith("transformers_modules.ann.tiny") for name in modules)
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(output)
+    pipe = PerceptionPipeline(model=model, processor=PerceptionGPTProcessor.from_pretrained(output))
+    torch.testing.assert_close(torch.tensor(boxes), torch.tensor(forced_answer(pipe, image)), atol=1e-3, rtol=0)
 
-    loaded = PerceptionGPTForConditionalGeneration.from_pretrained(output)
-    pipe = PerceptionPipeline(model=loaded, processor=PerceptionGPTProcessor.from_pretrained(output))
-    forced = {"max_new_tokens": 2, "sequence_bias": [[[loaded.config.vis_token_id], 1e4]]}
-    expected = pipe(str(tmp_path / "red.png"), "Find the cup.", **forced)["boxes"]
-    torch.testing.assert_close(torch.tensor(boxes), torch.as_tensor(expected), atol=1e-3, rtol=0)
+
+@pytest.fixture
+def red_image(tmp_path) -> str:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def test_a_stranger_uses_what_was_uploaded(hub, upload, output, red_image, tmp_path):
+    stage = stage_checkpoint(output, tmp_path / "stage")
+    hub.repositories.pop(("models", "ann/tiny"), None)
+    assert "commit" in upload(stage.folder, "ann/tiny", tag="v1")
+    # The download of the weights is cut off once, and resumes where it was.
+    cut = Fault("GET /storage/", after_bytes=100_000)
+    hub.faults.append(cut)
+    ask_as_a_stranger(hub, tmp_path, output, red_image)
+    assert cut.reached.is_set()
+
+
+@pytest.mark.slow
+def test_a_stranger_uses_what_the_command_published(hub, output, red_image, tmp_path):
+    hub.repositories.pop(("models", "ann/tiny"), None)
+    evaluation = write_evaluation(tmp_path / "scores", output, "lmms-lab/refcoco")
+    command = [sys.executable, ROOT / "publish.py", "--model", output, "--repo", "ann/tiny", "--tag", "v1"]
+    command += ["--image", red_image, "--text", "Find the cup.", "--evaluation", evaluation, "--license", "mit"]
+    report = run(command, hub, tmp_path / "home", "token-ann")
+    files = published(hub, "ann/tiny", "v1")
+    assert f"published {hub.endpoint}/ann/tiny at {hub.model('ann/tiny').branches['main']}, tagged v1" in report
+    assert "optimizer.pt (pickled" in report
+    assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+    assert {".eval_results/refcoco_testA.yaml", "images/answers.jpg", "README.md"} < files.keys()
+    assert not [name for name in files if b"SECRET" in files[name]] and b"/home/ann" not in b"".join(files.values())
+    assert ModelCard(files["README.md"].decode()).data.license == "mit"
+    ask_as_a_stranger(hub, tmp_path, output, red_image)
+
+
+LOAD_ADAPTER = """
+from perceptiongpt.publishing.adapters import load_adapter
+model, processor = load_adapter("ann/adapter")
+model.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_and_its_base_as_two_repositories(hub, adapter_output, red_image, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "publish.py",
+        "--model",
+        adapter_output,
+        "--repo",
+        "ann/adapter",
+        "--adapter_only",
+    ]
+    command += ["--base_repo", "ann/base", "--image", red_image, "--text", "Find the cup.", "--license", "mit"]
+    run(command, hub, tmp_path / "home", "token-ann")
+    files = published(hub, "ann/adapter")
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "ann/base"
+    assert config["revision"] == hub.model("ann/base").branches["main"]
+    assert "training_args.bin" not in files and "model.safetensors" not in files
+    card = ModelCard(files["README.md"].decode()).data
+    assert card.base_model == "ann/base" and card.library_name == "peft" and card["base_model_relation"] == "adapter"
+    # As the card says, with nothing but the libraries.
+    usage = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)[1]
+    code = f"{STRANGER}{usage}\nmodel.save_pretrained(sys.argv[1])\n"
+    run([sys.executable, "-I", "-c", code, tmp_path / "loaded"], hub, tmp_path / "stranger")
+    same_weights(PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "loaded"), adapter_output)
+    run([sys.executable, "-c", "import sys\n" + LOAD_ADAPTER, tmp_path / "again"], hub, tmp_path / "third")
+    same_weights(PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "again"), adapter_output)
+
+
+@pytest.mark.slow
+def test_an_adapter_over_backbones_on_the_hub(hub, adapter_output, tiny_backbones, red_image, tmp_path):
+    """Published without its base: whoever loads it joins the backbones of the recorded revisions again."""
+    output = tmp_path / "output"
+    shutil.copytree(adapter_output, output)
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text())
+    for key, folder in zip(("vision", "text"), tiny_backbones(), strict=True):
+        model(hub, f"bob/{key}", contents(Path(folder)))
+        recipe["model"][key] = f"bob/{key}"
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, ROOT / "publish.py", "--model", output, "--repo", "ann/adapter", "--adapter_only"]
+    hub.repositories.pop(("models", "ann/adapter"), None)
+    run([*command, "--image", red_image, "--text", "Find the cup."], hub, tmp_path / "home", "token-ann")
+    recorded = json.loads(published(hub, "ann/adapter")["adapter_config.json"])["auto_mapping"][adapters.BASE_KEY]
+    assert recorded["revisions"] == {key: hub.model(f"bob/{key}").branches["main"] for key in ("vision", "text")}
+    # The authors of a backbone go on: the adapter keeps to the revision that it was trained on.
+    hub.model("bob/text").commit("main", "broken", {"config.json": File(b"{}", False)})
+    run([sys.executable, "-c", "import sys\n" + LOAD_ADAPTER, tmp_path / "loaded"], hub, tmp_path / "third")
+    same_weights(PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "loaded"), output)
+
+
+@pytest.mark.slow
+def test_a_training_run_is_published_when_it_is_finished(hub, tiny_model_dir, tmp_path):
+    recipe = {
+        "model": {"checkpoint": tiny_model_dir},
+        "adapter": {"mode": "heads"},
+        "data": {"train": {"source": "scenes", "limit": 2, "seed": 1}},
+        "training": {"max_steps": 1, "use_cpu": True, "push_to_hub": True, "hub_model_id": "ann/trained"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, ROOT / "train.py", "--config", tmp_path / "recipe.yaml", "--output"]
+    refused = subprocess.run(
+        [*command, tmp_path / "refused"],
+        env=client_environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1 and "error: there is no access token" in refused.stderr
+    assert not list((tmp_path / "refused").glob("*"))  # before the training
+    run([*command, tmp_path / "run"], hub, tmp_path / "home", "token-ann")
+    files = published(hub, "ann/trained")
+    assert (
+        files["model.safetensors"] == (tmp_path / "run/model.safetensors").read_bytes() and "recipe.yaml" not in files
+    )
+    assert hub.model("ann/trained").history() == ["Publish a checkpoint", "initial commit"]
+    assert "1 optimizer step" in files["README.md"].decode()
+
+
+PAGE = (ROOT / "docs/publishing.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_page_on_publishing_followed_literally(hub, output, tiny_backbones, adapter_output, tmp_path):
+    """Every command of docs/publishing.md in order, then its Python, against the Hub of this test."""
+    for path in ROOT.iterdir():
+        if path.name not in {"outputs", ".git"} and not path.name.endswith(".safetensors"):
+            (tmp_path / path.name).symlink_to(path) if path.name != "output" else None
+    outputs = tmp_path / "outputs"
+    shutil.copytree(output, outputs / "mine")
+    shutil.copytree(adapter_output, outputs / "joined")
+    write_evaluation(outputs / "mine_scores", outputs / "mine")
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "photo.jpg")
+    environment = client_environment(hub, tmp_path / "home", "token-ann")
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert {language for language, _ in blocks} == {"bash", "python"}
+    for language, block in blocks:
+        block = block.replace("USER/", "ann/").replace("hf auth login", "hf auth whoami")
+        command = ["bash", "-ec", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    assert published(hub, "ann/mine", "v1").keys() >= {"README.md", "model.safetensors"}
+    assert {"models", "ann/mine-adapter"} | {"models", "ann/mine-base"} <= {
+        part for key in hub.repositories for part in key
+    }

@@ -1,5 +1,6 @@
 """Reading annotation files: packed, large, broken and hostile ones."""
 
+import bz2
 import gzip
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from perceptiongpt.data.conversation import usual_files
 from perceptiongpt.data.reading import (
     MissingPicture,
     Problems,
@@ -23,6 +25,7 @@ from perceptiongpt.data.reading import (
     open_file,
     open_members,
     picture_size,
+    plain_name,
     read_json,
     read_jsonl,
     read_records,
@@ -64,6 +67,30 @@ def test_packed_and_plain_files_read_alike(tmp_path, name):
         path.write_bytes(whole[:-cut])
         with pytest.raises(ValueError, match=name):
             read_json(path)
+
+
+@pytest.mark.parametrize("packed", ["a.json.gz", "a.zip", "a.tar.xz", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["a.json.gzip", "a.json", "download"])
+def test_packing_is_known_by_the_content(tmp_path, packed, name):
+    path = pack(tmp_path, packed).rename(tmp_path / name)
+    assert read_json(path) == json.loads(CONTENT)
+
+
+def test_bzip2_and_what_is_not_packed_at_all(tmp_path):
+    (tmp_path / "a.json").write_bytes(bz2.compress(CONTENT))
+    (tmp_path / "b.json.gz").write_bytes(CONTENT)  # as browsers store a download that they have unpacked
+    assert read_json(tmp_path / "a.json") == read_json(tmp_path / "b.json.gz") == json.loads(CONTENT)
+
+
+def test_of_two_copies_none_is_chosen_silently(tmp_path):
+    pack(tmp_path, "a.json.gz")
+    assert usual_files(tmp_path, ["a.json", "b.json"]) == [tmp_path / "a.json.gz"]
+    pack(tmp_path, "a.json")
+    with pytest.raises(ValueError, match=r"a.json.* and .*a.json.* have the same name; say with --annotations"):
+        usual_files(tmp_path, ["a.json"])
+    assert [plain_name(name) for name in ("x/a.json.gzip", "a.tar.xz", "refs(unc).p", "a.JSON.GZ")] == [
+        "a.json", "a", "refs(unc).p", "a.JSON"
+    ]  # fmt: skip
 
 
 def test_archives_of_several_files(tmp_path):

@@ -18,10 +18,10 @@ from pycocotools.coco import COCO
 from perceptiongpt.data.formats.grefcoco import grefcoco_rows
 from perceptiongpt.data.formats.minigpt4_rec import minigpt4_rec_rows
 from perceptiongpt.data.formats.reasonseg import reasonseg_rows, target_and_ignore
-from perceptiongpt.data.formats.refcoco_family import refcoco_family_eval_images
 from perceptiongpt.data.formats.refcocos import refcocos_rows
 from perceptiongpt.data.formats.refer import refer_rows
 from perceptiongpt.data.formats.shikra_rec import shikra_rec_rows
+from perceptiongpt.data.leakage import refcoco_family_eval_images
 from perceptiongpt.data.reading import Problems
 from perceptiongpt.data.schema import decode_rle, validate_row
 from perceptiongpt.data.sources import rows as checked_rows

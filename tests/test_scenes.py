@@ -454,7 +454,7 @@ def test_training_never_shows_or_names_what_is_held_out():
         ({"given_by": ["scribble"]}, "none of box, mask, both, point"),
         ({"size": 8}, "32 to 2048 pixels"),
         ({"size": 4096}, "32 to 2048 pixels"),
-        ({"size": "large"}, "at least 32"),
+        ({"size": "large"}, "32 to 2048 pixels"),
         ({"start": -1}, "whole number from 0 on"),
         ({"kinds": []}, "no kinds were given"),
         ({"annotations": ["x.json"]}, "no annotation files"),

@@ -92,6 +92,19 @@ def test_okvqa_questions_without_answers(data_dir):
     assert {row["source"] for row in rows} == {"okvqa"}
 
 
+def test_a_blank_among_ten_answers_is_passed_over(tmp_path):
+    question = {"question_id": 7, "image_id": 9, "question": "What is it?"}
+    answers = [{"answer": text} for text in (" ", "cup", "mug", "cup")]
+    files = [
+        write(tmp_path / "questions.json", {"questions": [question]}),
+        write(tmp_path / "annotations.json", {"annotations": [{"question_id": 7, "image_id": 9, "answers": answers}]}),
+    ]
+    (row,) = checked(okvqa_rows(tmp_path, annotations=files, images=False, evaluation=True))
+    assert texts(row)[1] == "cup" and row["answers"] == [" ", "cup", "mug", "cup"]
+    with pytest.raises(ValueError, match="no answers"):
+        most_given_answer({"answers": answers[:1]})
+
+
 def test_pope(data_dir, tmp_path):
     rows = checked(pope_rows(data_dir / "pope", images=False, evaluation=True))
     assert len(rows) == 6000 and Counter(texts(row)[1] for row in rows) == {"yes": 3000, "no": 3000}

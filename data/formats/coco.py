@@ -19,7 +19,16 @@ from datasets import Dataset
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
-from perceptiongpt.data.reading import MissingPicture, Problems, open_file, picture_size, safe_join, stream_json_array
+from perceptiongpt.data.conversation import usual_files
+from perceptiongpt.data.reading import (
+    MissingPicture,
+    Problems,
+    open_file,
+    picture_size,
+    plain_name,
+    safe_join,
+    stream_json_array,
+)
 from perceptiongpt.data.schema import POINT_TASKS, check_size, decode_rle, naming, row_features
 from perceptiongpt.data.templates import render_prompt, stable_generator
 from perceptiongpt.geometry_perceptiongpt import clip_box, deepest_pixel, interior_point, rle_runs
@@ -29,6 +38,12 @@ COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask", *POINT_TASKS)
 ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
 POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the picture's side on
 SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
+PER_CATEGORY_TASKS = ("refer", "box_to_mask", "detect", "point", "point_all", "point_to_mask")
+EXPRESSION_KEYS = {"refer": "expression", "point": "point expression"}  # of the random draw among expressions
+# Why a task makes no row of an instance or category.
+BESIDE_CROWD = "category with a crowd region or an instance without area in the image"
+TOO_SMALL = "instance below min_area_share"
+NO_EXPRESSION = "no phrase that means this instance alone"
 
 
 def load_coco(
@@ -75,15 +90,15 @@ def coco_folder_rows(
     if annotations is None:
         if root is None:
             raise ValueError("the coco source needs a root, or annotations and images")
-        names = [f"instances_{stem}.json" for stem in stems] + ["instances.json"]
-        folders = [Path(root) / "annotations", Path(root)]
-        found = [path for folder in folders for name in names for path in sorted(folder.glob(name + "*"))]
-        if not found:
-            raise ValueError(f"{root}: holds no annotations/instances_{split}2017.json; name the file as annotations")
-        annotations = found[:1]
+        names = [f"instances_{stem}.json" for stem in stems]
+        annotations = usual_files(root, [*names, "instances.json"])[:1]
+        if not annotations:
+            raise ValueError(f"{root}: holds no annotations/{names[0]}; name the file with --annotations")
+        found = plain_name(annotations[0]).removeprefix("instances_").removesuffix(".json")
+        stems.sort(key=lambda stem: stem != found)  # the images of the same release, where there are several
     if images is None:
         if root is None:
-            raise ValueError("the coco source needs a root or images, the folder of the pictures")
+            raise ValueError("the coco source needs a root or images, the folder of the images")
         images = next((Path(root, name) for name in (*stems, "images") if Path(root, name).is_dir()), root)
     tasks = ("refer", "detect", "no_target") if tasks is None else tasks
     for file in annotations:
@@ -165,7 +180,7 @@ def coco_rows(
                 if target is None and problems is not None:
                     problems.leave_out("crowd region or instance without area")
             groups[annotation["category_id"]].append(target)
-        for row in instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation):
+        for row in instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation, problems):
             yield {**common, **row}
 
 
@@ -324,8 +339,28 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def instance_rows(groups, categories, record, tasks, min_area_share, seed, evaluation) -> Iterator[dict]:
-    square = max(record["width"], record["height"]) ** 2
+def instance_rows(
+    groups: Mapping[int, list[dict | None]],
+    categories: Mapping[int, str],
+    record: dict,
+    tasks: Iterable[str],
+    min_area_share: float,
+    seed: int,
+    evaluation: bool,
+    problems: Problems | None = None,
+) -> Iterator[dict]:
+    """The rows of one image, without the columns that describe the image.
+
+    Args:
+        groups: per category its instances {box, mask}; None for a crowd region or an instance without area.
+        categories: the name of each category; those that are not in `groups` are absent from the image.
+        record: `id`, `width` and `height` of the image.
+        tasks: of `COCO_TASKS`.
+        min_area_share, seed, evaluation: as in `coco_rows`.
+        problems: counts, per task, the rows that cannot be made.
+    """
+    problems = problems or Problems()
+    least_area = min_area_share * max(record["width"], record["height"]) ** 2
 
     def make(task: str, prompt_task: str, phrase: str, slots: list[dict], answer: str, key) -> dict:
         generator = None if evaluation else stable_generator(seed, record["id"], task, key)
@@ -342,43 +377,41 @@ def instance_rows(groups, categories, record, tasks, min_area_share, seed, evalu
         }
 
     for category_id, group in groups.items():
-        name = categories[category_id]
-        is_whole = None not in group
+        name, is_whole = categories[category_id], None not in group
         objects = sorted((one for one in group if one is not None), key=lambda instance: instance["box"][:2])
-        large = [box_area(instance["box"]) >= min_area_share * square for instance in objects]
-        if "refer" in tasks and is_whole:
-            expressions = refer_expressions(
-                name, [instance["box"] for instance in objects], record["width"], record["height"]
-            )
-            for i, (instance, is_large, options) in enumerate(zip(objects, large, expressions, strict=True)):
-                if is_large and options:
-                    draw = stable_generator(seed, record["id"], "expression", category_id, i)
-                    phrase = options[draw.integers(len(options))]
-                    yield make("refer", "refer", phrase, [instance], VIS_TOKEN, (category_id, i))
-        if "box_to_mask" in tasks:
-            for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
-                if is_large:
-                    slots = [{"box": instance["box"]}, instance]
-                    yield make("box_to_mask", "box_to_mask", "", slots, VIS_TOKEN, (category_id, i))
-        if "detect" in tasks and is_whole and all(large):
-            yield make("detect", "detect", name, objects, VIS_TOKEN * len(objects), category_id)
-        if "point" in tasks and is_whole:
-            boxes = [instance["box"] for instance in objects]
-            expressions = refer_expressions(name, boxes, record["width"], record["height"])
-            for i, (instance, is_large, options) in enumerate(zip(objects, large, expressions, strict=True)):
-                if is_large and options:
-                    draw = stable_generator(seed, record["id"], "point expression", category_id, i)
-                    phrase = options[draw.integers(len(options))]
-                    yield make("point", "point", phrase, [with_point(instance)], VIS_TOKEN, (category_id, i))
-        if "point_all" in tasks and is_whole and all(large):
-            slots = [with_point(instance) for instance in objects]
-            yield make("point_all", "point_all", name, slots, VIS_TOKEN * len(objects), category_id)
-        if "point_to_mask" in tasks:
-            for i, (instance, is_large) in enumerate(zip(objects, large, strict=True)):
-                if is_large:
+        boxes = [instance["box"] for instance in objects]
+        large = [i for i, box in enumerate(boxes) if box_area(box) >= least_area]
+        for task in PER_CATEGORY_TASKS:
+            if task not in tasks or not objects:
+                continue
+            asks_for_all, names_it = task in ("detect", "point_all"), task in ("refer", "point")
+            if not is_whole and (asks_for_all or names_it):
+                problems.leave_out_row(task, BESIDE_CROWD, 1 if asks_for_all else len(objects))
+                continue
+            if asks_for_all:
+                if len(large) < len(objects):
+                    problems.leave_out_row(task, TOO_SMALL)
+                    continue
+                slots = objects if task == "detect" else [with_point(instance) for instance in objects]
+                yield make(task, task, name, slots, VIS_TOKEN * len(objects), category_id)
+                continue
+            problems.leave_out_row(task, TOO_SMALL, len(objects) - len(large))
+            expressions = refer_expressions(name, boxes, record["width"], record["height"]) if names_it else None
+            for i in large:
+                instance, phrase, given = objects[i], "", []
+                if names_it:
+                    if not expressions[i]:
+                        problems.leave_out_row(task, NO_EXPRESSION)
+                        continue
+                    draw = stable_generator(seed, record["id"], EXPRESSION_KEYS[task], category_id, i)
+                    phrase = expressions[i][draw.integers(len(expressions[i]))]
+                elif task == "box_to_mask":
+                    given = [{"box": instance["box"]}]
+                else:
                     draw = stable_generator(seed, record["id"], "click", category_id, i)
-                    slots = [{"point": interior_point(decode_rle(instance["mask"]), draw)}, instance]
-                    yield make("point_to_mask", "point_to_mask", "", slots, VIS_TOKEN, (category_id, i))
+                    given = [{"point": interior_point(decode_rle(instance["mask"]), draw)}]
+                answer = with_point(instance) if task == "point" else instance
+                yield make(task, task, phrase, [*given, answer], VIS_TOKEN, (category_id, i))
 
     absent = sorted(category_id for category_id in categories if category_id not in groups)
     if "no_target" in tasks and absent:

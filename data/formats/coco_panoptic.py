@@ -109,7 +109,7 @@ def coco_panoptic_rows(
             columns |= {"source": "coco_panoptic", "image_id": str(image_id), "split": split}
             ids = segment_ids(get(annotation, "file_name"), size)
             groups = _read_segments(annotation, ids, size, categories, problems)
-            return list(_rows(groups, categories, things, columns, tasks, draw))
+            return list(_rows(groups, categories, things, columns, tasks, draw, problems))
 
         found = until_broken(read_section(file, "annotations"), file, problems)
         numbered = ((f"{file}: annotation {number}", one) for number, one in enumerate(found))
@@ -185,7 +185,7 @@ def _read_segments(annotation, ids, size, categories, problems) -> dict[int, lis
     return groups
 
 
-def _rows(groups, categories, things, columns, tasks, draw) -> Iterator[dict]:
+def _rows(groups, categories, things, columns, tasks, draw, problems) -> Iterator[dict]:
     record = {"id": columns["image_id"], "width": columns["width"], "height": columns["height"]}
     names = {categories[category] for category in groups}
     # "The wall" is not clear where there is a "brick wall" besides.
@@ -197,11 +197,11 @@ def _rows(groups, categories, things, columns, tasks, draw) -> Iterator[dict]:
         (clear, {category: categories[category] for category in clear}, ("refer",)),
         # Of "stuff" there is one segment, however many windows it covers.
         ({category: group for category, group in clear.items() if category in things}, categories, ("detect",)),
-        (usable, {category: categories[category] for category in usable}, ("box_to_mask",)),
+        (groups, {category: categories[category] for category in groups}, ("box_to_mask",)),
         ({}, absent, ("no_target",)),
     ):
         wanted = tuple(task for task in wanted if task in tasks)
-        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation):
+        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation, problems):
             yield columns | row
 
     if "region_caption" in tasks:

@@ -97,9 +97,10 @@ def flickr30k_entities_rows(
         except ValueError as error:
             problems.report(f"{archives[0]}: picture {name}", error)
             continue
-        captions = [caption for number, caption in enumerate(captions, 1) if (name, number) not in unrelated]
+        related = [caption for number, caption in enumerate(captions, 1) if (name, number) not in unrelated]
+        problems.leave_out("caption listed in UNRELATED_CAPTIONS", len(captions) - len(related))
         columns |= {"source": "flickr30k_entities", "image_id": name, "split": split}
-        yield from grounded_caption_rows(captions, boxes, columns, tasks, draw)
+        yield from grounded_caption_rows(related, boxes, columns, tasks, draw)
 
 
 def grounded_caption_rows(

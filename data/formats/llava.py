@@ -32,7 +32,7 @@ from perceptiongpt.data.conversation import (
     usual_files,
 )
 from perceptiongpt.data.formats.coco import refer_expressions
-from perceptiongpt.data.reading import Problems, read_records
+from perceptiongpt.data.reading import Problems, read_records, without_copies
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
@@ -69,7 +69,7 @@ def llava_rows(
     problems = problems or Problems()
     tasks = chosen_tasks(tasks, LLAVA_TASKS, "llava")
     root = Path(root)
-    files = list(annotations or usual_files(root, LLAVA_FILES)[:1] or sorted(root.glob("*.json*")))
+    files = list(annotations or usual_files(root, LLAVA_FILES)[:1] or without_copies(sorted(root.glob("*.json*"))))
     if not files:
         raise ValueError(f"{root}: there is no json file")
     pictures = Pictures(images, root, root / "images", root / "train2017", root / "train2014", root / "val2014")

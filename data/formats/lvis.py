@@ -88,11 +88,11 @@ def _image_rows(file, record, annotations, categories, pictures, tasks, draw, pr
     usable = {category: [one for one in group if one is not None] for category, group in groups.items()}
     for part, among, wanted in (
         (complete, {category: categories[category] for category in complete}, ("refer", "detect")),
-        (usable, {category: categories[category] for category in usable}, ("box_to_mask",)),
+        (groups, {category: categories[category] for category in groups}, ("box_to_mask",)),
         ({}, {category: categories[category] for category in absent if category not in groups}, ("no_target",)),
     ):
         wanted = tuple(task for task in wanted if task in tasks)
-        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation):
+        for row in instance_rows(part, among, record, wanted, 0.0, draw.seed, draw.evaluation, problems):
             yield columns | row
     if "region_caption" in tasks:
         for category, group in usable.items():

@@ -11,7 +11,15 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
 from perceptiongpt.data.formats.refer import find_split, read_phrase
-from perceptiongpt.data.reading import PACKED, Problems, find_image, open_file, open_members, picture_size
+from perceptiongpt.data.reading import (
+    Problems,
+    find_image,
+    is_archive,
+    open_file,
+    open_members,
+    picture_size,
+    without_copies,
+)
 from perceptiongpt.data.templates import render_prompt, render_turn
 from perceptiongpt.geometry_perceptiongpt import OVERHANG, encode_rle, tight_box
 
@@ -170,11 +178,11 @@ def _files(root: Path, split: str, annotations) -> Iterator[tuple[str, Path, str
     if annotations:
         paths = [Path(path) for path in annotations]
     else:
-        packed = [root / f"{split}{suffix}" for suffix in PACKED if (root / f"{split}{suffix}").is_file()]
-        paths = [pictures] if any(pictures.glob("*.json")) else packed[:1]
+        packed = [path for path in sorted(root.glob(f"{split}.*")) if is_archive(path)]
+        paths = [pictures] if any(pictures.glob("*.json")) else without_copies(packed)
     found = False
     for path in paths:
-        if path.is_dir() or path.name.lower().endswith(PACKED):
+        if path.is_dir() or is_archive(path):
             for name, content in open_members(path, "*.json"):
                 found = True
                 yield f"{path}: {name}", path if path.is_dir() else pictures, PurePosixPath(name).stem, content

@@ -26,14 +26,15 @@ from perceptiongpt.data.conversation import (
 )
 from perceptiongpt.data.formats.coco import segmentation_to_rle
 from perceptiongpt.data.reading import (
-    PACKED,
     Problems,
+    is_archive,
     load_plain_pickle,
     member_names,
     open_file,
     read_json,
     stream_json_array,
     until_broken,
+    without_copies,
 )
 from perceptiongpt.data.templates import render_prompt, render_turn
 
@@ -305,6 +306,7 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
             place = f"{dataset or '<dataset>'}/{prefix}({split_by or '<split_by>'}).*"
             raise ValueError(f"{root}: there is no {place}{there}; files of other names go to --annotations")
 
+        paths = without_copies(paths)
     files = [(path, member) for path in paths for member in _wanted_members(path)]
     instances = [file for file in files if _is_instances(*file)]
     refs = [file for file in files if file not in instances]
@@ -321,13 +323,14 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
         raise ValueError(f"{root}: there are no refs by {split_by!r}, only by {', '.join(named) or 'none'}")
     if not instances:
         beside = [refs[0][0].parent, *([root / dataset] if dataset else []), root]
-        instances = [(path, "*") for folder in beside for path in sorted(folder.glob("instances*.json*"))][:1]
+        found = (without_copies(sorted(folder.glob("instances*.json*"))) for folder in beside)
+        instances = [(path, "*") for path in next(filter(None, found), [])[:1]]
     return refs, instances
 
 
 def packed_data_set(folder: Path, dataset: str) -> list[Path]:
     """`<dataset>.zip` as it is downloaded, or the same as a tar; none or one."""
-    return [path for path in (folder / (dataset + suffix) for suffix in PACKED) if path.is_file()][:1]
+    return without_copies(path for path in sorted(folder.glob(f"{dataset}.*")) if is_archive(path))
 
 
 def _wanted_members(path: Path) -> list[str]:

@@ -25,7 +25,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
 )
 from perceptiongpt.data.formats.flickr30k_entities import FLICKR_TASKS, grounded_caption_rows, mark_phrases
-from perceptiongpt.data.reading import Problems, read_records
+from perceptiongpt.data.reading import Problems, read_records, without_copies
 from perceptiongpt.data.templates import render_prompt
 
 
@@ -63,7 +63,7 @@ def shikra_flickr_rows(
     root = Path(root)
     names = (split, "eval") if split in ("val", "test") else (split,)
     usual = [sorted(root.glob(f"*flickr30k*{name}*.json*")) for name in names]
-    files = list(annotations or next(filter(None, usual), ()))
+    files = list(annotations or without_copies(next(filter(None, usual), ())))
     if not files:
         raise ValueError(f"{root}: there is no file *flickr30k*{split}*.jsonl")
     pictures = Pictures(images, root / "flickr30k-images", root / "flickr30k_images", root / "images", root)

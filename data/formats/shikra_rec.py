@@ -17,7 +17,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
 )
 from perceptiongpt.data.formats.refer import IMAGE_FOLDERS, expression_row, find_split, read_phrase
-from perceptiongpt.data.reading import Problems, read_records
+from perceptiongpt.data.reading import Problems, read_records, without_copies
 
 
 FILE_DATASET = re.compile(r"refcoco(\+|plus|g)?(?![a-z])", re.IGNORECASE)
@@ -135,6 +135,7 @@ def find_lists(
             continue
         if split in (None, split_in_name(path) or split) and is_dataset(path.name, dataset):
             found.append(path)
+    found = without_copies(found)
     if not found:
         raise ValueError(f"{root}: there is no file {pattern} of {dataset or 'any data set'}, split {split!r}")
     return found

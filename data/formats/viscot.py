@@ -28,7 +28,7 @@ from perceptiongpt.data.conversation import (
     reading_order,
     stated_size,
 )
-from perceptiongpt.data.reading import Problems, read_records
+from perceptiongpt.data.reading import Problems, read_records, without_copies
 from perceptiongpt.data.templates import render_turn
 
 
@@ -65,7 +65,9 @@ def viscot_rows(
     tasks = chosen_tasks(tasks, VISCOT_TASKS, "viscot")
     root = Path(root)
     usual = (f"metadata/*{split}*.jsonl*", f"*{split}*.jsonl*", "viscot_363k.json*", "*.jsonl*")
-    files = list(annotations or next(filter(None, (sorted(root.glob(pattern)) for pattern in usual)), ()))
+    files = list(
+        annotations or without_copies(next(filter(None, (sorted(root.glob(pattern)) for pattern in usual)), ()))
+    )
     if not files:
         raise ValueError(f"{root}: there is no metadata/*{split}*.jsonl and no viscot_363k.json")
     pictures = Pictures(images, root, root / "images", root / "cot_image_data", root / "cot_images")

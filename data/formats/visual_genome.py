@@ -27,7 +27,15 @@ from perceptiongpt.data.conversation import (
     known_size,
     make_row,
 )
-from perceptiongpt.data.reading import Problems, member_names, open_file, read_json, stream_json_array, until_broken
+from perceptiongpt.data.reading import (
+    Problems,
+    is_archive,
+    member_names,
+    open_file,
+    read_json,
+    stream_json_array,
+    until_broken,
+)
 from perceptiongpt.data.templates import render_prompt, render_turn
 
 
@@ -60,7 +68,8 @@ def visual_genome_rows(
 
     Args:
         root: folder with `region_descriptions.json`, `objects.json`, `question_answers.json`, `image_data.json` (also
-            packed, or with a version in the name) and the pictures in `VG_100K` and `VG_100K_2`.
+            packed, or with a version in the name; of several versions, the files go to `annotations`) and the images
+            in `VG_100K` and `VG_100K_2`.
         split: what the column `split` says; with `split_file`, the split to take.
         annotations: the files, if they are elsewhere; those that are given are used, no others.
         images: the folder of pictures; False: rows without pictures, sizes from `image_data`.
@@ -112,11 +121,14 @@ def visual_genome_rows(
 
 
 def _usual_files(root: Path) -> list[Path]:
-    """One file per kind; of several versions the one whose name is plainest."""
+    """The file of each kind; `ValueError` if there are several, such as two versions of Visual Genome."""
     found = []
     for name in KINDS.values():
-        candidates = [path for path in root.glob(f"{name}*") if ".json" in path.name or path.suffix == ".zip"]
-        found += sorted(candidates, key=lambda path: (len(path.name), path.name))[:1]
+        candidates = [path for path in sorted(root.glob(f"{name}*")) if ".json" in path.name or is_archive(path)]
+        if len(candidates) > 1:
+            listed = ", ".join(path.name for path in candidates)
+            raise ValueError(f"{root}: holds {listed}; say with --annotations which files to read")
+        found += candidates
     return found
 
 

@@ -83,10 +83,11 @@ def okvqa_rows(
 
 
 def most_given_answer(annotation: dict) -> str:
-    """`multiple_choice_answer`, or else what occurs most often among `answers`, of equals the first."""
+    """`multiple_choice_answer`, or else the most frequent of `answers` that is not blank, of equals the first."""
     if "multiple_choice_answer" in annotation:
         return clean_text(get(annotation, "multiple_choice_answer"), "multiple_choice_answer")
-    answers = [clean_text(get(answer, "answer"), "answer") for answer in get(annotation, "answers", of=list)]
+    given = [get(answer, "answer") for answer in get(annotation, "answers", of=list)]
+    answers = [clean_text(answer, "answer") for answer in given if answer.strip()]  # OK-VQA has blank ones
     if not answers:
         raise ValueError("there are no answers")
     return Counter(answers).most_common(1)[0][0]
