@@ -99,8 +99,9 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
     """
     output, trainer = Path(output), None
     stages = plan_stages(recipe, output, resume)
-    publishes = recipe["training"].get("push_to_hub") and os.environ.get("RANK", "0") == "0"
-    publication = run_publication(output, recipe["training"]) if publishes else None
+    settings = recipe.get("training") or {}
+    publishes = settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0"
+    publication = run_publication(output, settings) if publishes else None
     has_stages = stages[0].name is not None
     for stage in stages:
         if stage.is_finished:

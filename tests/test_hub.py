@@ -146,7 +146,7 @@ def test_bad_records_are_one_error_or_counted(folder, columns, change, message):
     problems = Problems(skip=True)
     count = len(read(folder(GOOD, GOOD), columns))
     assert len(read(folder(GOOD, {**GOOD, **change}, GOOD), columns, problems=problems)) == count
-    assert problems.counts == {"picture not found" if "not in" in message else "broken record": 1}
+    assert problems.counts == {"image not found" if "not in" in message else "broken record": 1}
 
 
 def test_one_file_and_the_column_image_by_itself(tmp_path):

@@ -17,14 +17,14 @@ from PIL import Image
 
 from perceptiongpt.data.conversation import usual_files
 from perceptiongpt.data.reading import (
-    MissingPicture,
+    MissingImage,
     Problems,
     find_coco_image,
     find_image,
+    image_size,
     load_plain_pickle,
     open_file,
     open_members,
-    picture_size,
     plain_name,
     read_json,
     read_jsonl,
@@ -184,11 +184,11 @@ def test_bad_lines_are_errors_or_counted(tmp_path):
     other.update(problems)
     assert other.counts == problems.counts and len(other.examples) == 4
     for _ in range(9):
-        problems.report("a", MissingPicture("is gone"))
+        problems.report("a", MissingImage("is gone"))
     other.update(problems)
-    assert other.counts == {"broken record": 4, "picture not found": 9}
+    assert other.counts == {"broken record": 4, "image not found": 9}
     of_each = [sum(text.startswith(reason) for text in other.examples) for reason in other.counts]
-    assert of_each == [3, 3] and "picture not found: a: is gone" in other.examples
+    assert of_each == [3, 3] and "image not found: a: is gone" in other.examples
 
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     truncated = path.rename(tmp_path / "lines.jsonl.gz")
@@ -269,7 +269,7 @@ def test_links_in_the_folder_are_followed(tmp_path):
     (inside / "folder").symlink_to(outside / "more")
     (inside / "train2017").symlink_to("..")
     for name in ("link.jpg", "folder/b.jpg", "train2017/in/link.jpg"):
-        assert find_image(inside, name) == inside / name and picture_size(inside / name) == (4, 3)
+        assert find_image(inside, name) == inside / name and image_size(inside / name) == (4, 3)
     for name in ("folder/../a.jpg", "../out/a.jpg", str(outside / "a.jpg")):
         with pytest.raises(ValueError, match="leaves the folder"):
             safe_join(inside, name)
@@ -287,7 +287,7 @@ def test_coco_pictures_are_found_under_either_name(tmp_path):
     with pytest.raises(ValueError, match="leaves"):
         find_coco_image(tmp_path, 9, "../a.jpg")
     path = tmp_path / "000000000012.jpg"
-    assert picture_size(path) == (4, 3)
+    assert image_size(path) == (4, 3)
     (tmp_path / "cut.jpg").write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cut.jpg"):
-        picture_size(tmp_path / "cut.jpg")
+        image_size(tmp_path / "cut.jpg")

@@ -694,7 +694,7 @@ def test_bad_annotations_are_not_pasted(tmp_path, changed, message):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match="holds no image"):
         ScenesDataset(1, photos=tmp_path)
     with pytest.raises(ValueError, match="no annotations"):
         ScenesDataset(1, paste=tmp_path)
