@@ -17,10 +17,10 @@ from perceptiongpt.evaluation.intervals import (
     resampled_values,
     sample_groups,
 )
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.measures import MEASURES
 from perceptiongpt.evaluation.reporting import number, write_text
 from perceptiongpt.evaluation.results import compute, whole_set_function
+from perceptiongpt.inference import InputError
 
 
 SHOWN_SAMPLES = 20  # of those that only one run has right
