@@ -437,6 +437,7 @@ def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, f
     model, processor = make_tiny_model(vision=family, image_size=32, image_grid=4, mask_grid=8, feature_size=24)
     training.add_adapter(model, "full", train_vision_tower=True).train()
     assert "vision_stages" in own_modules(model)
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
     model(**PerceptionCollator(processor)(drawn_rows(1))).loss.backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
