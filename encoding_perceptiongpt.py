@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS
 
 
@@ -31,6 +32,11 @@ class SignalModulesMixin:
     def signal_modules(self) -> dict[str, nn.Module]:
         """The modules of the checkpoint's signals by attribute name."""
         return {name: getattr(self, name) for name in self._signal_module_names}
+
+    def first_embedding_norm(self) -> SignalEmbeddingNorm:
+        """The norm of the first signal, whose scale the others start at."""
+        parts = (part for module in self.signal_modules().values() for part in module.modules())
+        return next(part for part in parts if isinstance(part, SignalEmbeddingNorm))
 
     def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
         """

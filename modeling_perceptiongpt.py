@@ -9,6 +9,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
 from .encoding_perceptiongpt import SignalModulesMixin
@@ -82,7 +83,11 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
         elif getattr(module, "is_signal_part", False) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, SignalEmbeddingNorm):
-            init.constant_(module.weight, module.initial_value)
+            first = getattr(self, self.base_model_prefix, self).first_embedding_norm()
+            if module is first:
+                init.constant_(module.weight, module.initial_value)
+            else:  # a signal that is added to a checkpoint starts at the scale of those that it has
+                init.copy_(module.weight, first.weight.float().square().mean().sqrt().expand_as(module.weight))
         elif isinstance(module, PositionTable):
             init.constant_(module.gain, module.initial_gain)
         elif isinstance(module, FeatureMixture):
@@ -105,6 +110,10 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
     def __init__(self, config: PerceptionGPTConfig, vision_tower=None, language_model=None):
         super().__init__(config)
         self.vision_tower = self._new_vision_tower(config) if vision_tower is None else vision_tower
+        for part in self.vision_tower.modules():
+            if isinstance(part, PreTrainedModel) and part.can_record_outputs:
+                # The tower would do this in its first forward, where `torch.compile` cannot follow.
+                maybe_install_capturing_hooks(part)
         parts = []
         if config.is_pyramid:
             if config.vision_stages is None:

@@ -1,7 +1,8 @@
 """Rows of the schema -> one training batch: labels, what each `<vis>` is read as, jitter, packing, padding.
 
 All randomness is drawn here, per row, from (seed, epoch, content of the row): the same row in the same epoch gets the
-same draw, whatever batch, process or worker it is in. (A row of a stream says its `epoch` itself.)
+same draw, whatever batch, process or worker it is in. (A row of a stream says its `epoch` itself.) The click of a
+`point_to_mask` row is among the draws: anywhere inside its object.
 """
 
 import copy
@@ -15,10 +16,12 @@ from torch.utils.data import Dataset
 
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
+from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
 IGNORED_LABEL = -100
+CLICK_TASK = "point_to_mask"
 # At inference only boxes are fed back, so an answer is read as its box most of the time.
 READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
 
@@ -69,7 +72,7 @@ class PerceptionCollator:
         self.pad_token_id = processor.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = processor.tokenizer.eos_token_id
-        self.seed, self.box_jitter = seed, box_jitter
+        self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.max_length, self.cache_rows = pack, max_length, cache_rows
         self.window = None if pack is None else packing_window(config)
         self._cache = OrderedDict()
@@ -93,10 +96,14 @@ class PerceptionCollator:
         return len(ids) + more, pictures[-1] + 1 + more if pictures else 0
 
     def for_evaluation(self) -> "PerceptionCollator":
-        """The same collator without jitter, reading answers as what is fed back at inference wherever they have it."""
+        """
+        The same collator without draws: no jitter, clicks as they are stored, and answers read as at inference, by what
+        is fed back, wherever they have it.
+        """
         collator = copy.copy(self)
         fed_back = {signal.name for signal in self.signals if signal.fed_back}
         collator.box_jitter, collator.readings, collator.weights = 0.0, [fed_back], [1.0]
+        collator.draws_clicks = False
         collator._cache = OrderedDict()
         return collator
 
@@ -135,7 +142,19 @@ class PerceptionCollator:
                 noise = signal.draw_noise(encoded[signal.plural], generator, self.box_jitter)
                 stands_in = (answer & valid[signal.name]).reshape(-1, *[1] * (noise.ndim - 1))
                 encoded[signal.noise_name] = noise * stands_in
+        if self.draws_clicks and row["task"] == CLICK_TASK:
+            encoded["points"] = self._draw_click(row, encoded, generator)
         return encoded
+
+    def _draw_click(self, row: dict, encoded: dict, generator) -> torch.Tensor:
+        """The points of a row whose prompt is a click, with the click somewhere else inside the object."""
+        (clicked,) = (~encoded["answer"]).nonzero().flatten().tolist()
+        (asked_for,) = encoded["answer"].nonzero().flatten().tolist()
+        height, width = row["height"], row["width"]
+        click = interior_point(decode_mask(row["masks"][asked_for], height, width), generator)
+        points = encoded["points"].clone()
+        points[clicked] = torch.from_numpy(SIGNALS["point"].parse(click, height, width, self.processor.mask_size))
+        return points
 
     def _process(self, row: dict) -> dict:
         """What does not change from epoch to epoch, kept for the last `cache_rows` rows."""

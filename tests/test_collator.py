@@ -17,6 +17,7 @@ from perceptiongpt.data.collator import (
     packing_window,
 )
 from perceptiongpt.data.schema import row_features
+from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 
 
@@ -180,6 +181,34 @@ def test_a_column_without_points_leaves_the_draws_alone(tiny, rows):
     with_column, before = PerceptionCollator(processor)(rows), PerceptionCollator(processor)(without)
     assert all(torch.equal(with_column[name], before[name]) for name in before)
     assert with_column["boxes_noise"][0, 0].tolist() == pytest.approx(PINNED_NOISE, abs=1e-7)
+
+
+def test_a_click_is_drawn_inside_its_object(tiny, rows):
+    _, processor = tiny
+    row = {
+        **rows[0],
+        "task": "point_to_mask",
+        "messages": [
+            {"role": "user", "content": "<image>What is at <vis>?"},
+            {"role": "assistant", "content": "<vis>"},
+        ],
+        "boxes": [None, *rows[0]["boxes"]],
+        "masks": [None, *rows[0]["masks"]],
+        "points": [[5.5, 6.5], None],
+    }
+    collator, found = PerceptionCollator(processor, cache_rows=1), []
+    inside = decode_mask(row["masks"][1], row["height"], row["width"])
+    stored = SIGNALS["point"].parse([5.5, 6.5], row["height"], row["width"], 0)
+    for epoch in range(12):
+        collator.set_epoch(epoch)
+        batch = collator([row])
+        assert batch["points_read"].tolist() == [[True, False]] and batch["masks_valid"].tolist() == [[False, True]]
+        (x, y), _ = SIGNALS["point"].present(batch["points"][0], (row["height"], row["width"]), None)[1]
+        assert inside[int(y), int(x)]
+        found.append((x, y))
+    assert len(set(found)) > 3
+    assert torch.equal(collator([row])["points"], batch["points"])
+    assert collator.for_evaluation()([row])["points"][0, 0].tolist() == stored.tolist()
 
 
 def test_jitter_keeps_boxes_valid_at_the_border_and_at_any_size(tiny, rows):

@@ -209,6 +209,15 @@ class ShiftedVis(ForcedVis):
         return scores
 
 
+def test_static_cache_generation_compiles_in_one_graph():
+    model = tiny_model()
+    inputs, _ = batch_and_singles()
+    expected = run(model, inputs, max_new_tokens=4)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    check_same(expected, run(model, inputs, max_new_tokens=4, cache_implementation="static"))
+
+
 def test_new_text_with_its_own_signals_after_an_answer(model):
     """A second question over the same cache: only its own text and box are given, the picture is found in the state."""
     _, singles = batch_and_singles()
@@ -364,6 +373,9 @@ def test_other_refusals(model):
     model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
     with pytest.raises(ValueError, match="no signal state"):
         model.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache)
+    cache = run(model, singles[4], max_new_tokens=3).past_key_values
+    with pytest.raises(ValueError, match=r"holds 20 tokens, the prompt 2: pass the whole text.*attention_mask"):
+        model.generate(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
     for missing in (
         {"boxes_valid": torch.zeros(1, 1, dtype=torch.bool)},
         {"boxes": None, "masks": None, "points": None},

@@ -1,12 +1,20 @@
 """One forward: what it reads, what it predicts, what it learns from, and where its weights come from."""
 
+import json
 import sys
 from datetime import timedelta
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS
@@ -438,6 +446,21 @@ def test_finer_pictures_may_be_left_out():
     assert (wrong.pred_mask_logits[1, :2] - both.pred_mask_logits[1, :2]).abs().max() > 1e-3
 
 
+def test_masks_without_their_finer_images_are_refused():
+    """They would be decoded from nothing."""
+    model = tiny_model(mask_image_size=64)
+    inputs = teacher_forced_batch()
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model(**{**inputs, "labels": None})
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "labels"}
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model.generate(**prompt, max_new_tokens=1)
+    text = text_only_batch()
+    assert model(**text, boxes=torch.zeros(1, 1, 4)).loss.isfinite()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_finer_pictures_may_all_be_left_out(training):
     """Nobody wants a mask of any of the pictures: boxes are predicted all the same."""
@@ -448,6 +471,78 @@ def test_finer_pictures_may_all_be_left_out(training):
     without, given = model(**inputs), model(**inputs, mask_pixel_values=fine)
     torch.testing.assert_close(without.loss_box, given.loss_box)
     assert without.loss_mask == 0 and without.pred_mask_logits.isfinite().all()
+
+
+# ---- which signals a checkpoint has ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_folder(tmp_path_factory) -> str:
+    """A checkpoint of before there were points, whose config does not list its signals."""
+    folder = tmp_path_factory.mktemp("first")
+    tiny_model(signals=["mask", "box"]).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("signals") == ["box", "mask"] and config.pop("point_config") is None
+    path.write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_checkpoint_without_points_loads(first_folder):
+    model, info = PerceptionGPTForConditionalGeneration.from_pretrained(first_folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.signals == list(model.model.signals) == ["box", "mask"] and model.config.point_config is None
+    assert not hasattr(model.model, "point_encoder") and "BoxDecoder" in model._no_split_modules
+    assert "PointDecoder" not in model._no_split_modules
+    inputs = teacher_forced_batch()
+    without = {name: value for name, value in inputs.items() if not name.startswith("points")}
+    output = model(**without)
+    assert output.loss > 0 and "loss_point" not in output and "pred_points" not in output
+    with pytest.raises(ValueError, match=r"this checkpoint has no 'point' signal.*signals=\['box', 'mask', 'point'\]"):
+        model(**inputs)
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "labels"}
+    with pytest.raises(ValueError, match="this checkpoint has no 'point' signal"):
+        model.generate(**prompt, max_new_tokens=1)
+
+
+def test_a_checkpoint_can_get_points(first_folder, tmp_path):
+    first = PerceptionGPTForConditionalGeneration.from_pretrained(first_folder)
+    first.model.box_encoder.norm.weight.data.fill_(0.7)
+    first.save_pretrained(tmp_path / "first")
+    signals = ["box", "mask", "point"]
+    model, info = PerceptionGPTForConditionalGeneration.from_pretrained(
+        tmp_path / "first", signals=signals, point_config={"hidden_size": 64}, output_loading_info=True
+    )
+    assert info["missing_keys"] and all(".point_" in name for name in info["missing_keys"])
+    assert model.config.signals == signals and model.config.point_config.hidden_size == 64
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    # It starts like a signal of a fresh model, at the scale of the signals that the language model has learned to read.
+    fresh = tiny_model()
+    for part in ("point_encoder", "point_decoder"):
+        for name, parameter in getattr(model.model, part).named_parameters():
+            spread = getattr(fresh.model, part).get_parameter(name).std()
+            if name != "norm.weight":
+                assert parameter.std() == pytest.approx(spread.item(), rel=0.3), name
+    torch.testing.assert_close(model.model.point_encoder.norm.weight, torch.full((48,), 0.7))
+    output = model.train()(**teacher_forced_batch())
+    output.loss.backward()
+    assert output.loss_point > 0 and model.model.point_decoder.linear_1.weight.grad.abs().max() > 0
+    model.save_pretrained(tmp_path / "again")
+    again = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.config.signals == signals
+    assert torch.equal(again.model.point_encoder.linear_1.weight, model.model.point_encoder.linear_1.weight)
+
+
+def test_signals_of_a_config():
+    assert PerceptionGPTConfig().signals == list(SIGNALS)
+    assert tiny_config(signals=("point", "box")).signals == ["box", "point"]
+    old = {name: value for name, value in tiny_config().to_dict().items() if name != "signals"}
+    assert PerceptionGPTConfig.from_dict(old).signals == ["box", "mask"]
+    assert PerceptionGPTConfig.from_dict(tiny_config().to_dict()).signals == list(SIGNALS)
+    for wrong, message in ((["mask"], "box among them"), (["box", "smell"], "names .'smell'.")):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(signals=wrong)
 
 
 # ---- what runs in a training step ------------------------------------------------------------------------------------
@@ -530,6 +625,60 @@ def unlike_worker(kinds: list[str]) -> None:
 def test_two_processes_run_every_part(kinds):
     """Processes whose batches differ in kind would wait for each other."""
     run_two_processes(__file__, *kinds)
+
+
+def compiled_equals_plain(model, inputs) -> None:
+    torch.compiler.reset()
+    output = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+    expected = model(**inputs)
+    for name in ("loss", *PREDICTIONS):
+        torch.testing.assert_close(output[name], expected[name], atol=1e-5, rtol=1e-5)
+    if model.training:
+        output.loss.backward()
+        assert model.model.mask_decoder.hyper_1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_compiles_in_one_graph(training):
+    compiled_equals_plain(tiny_model().train(training), teacher_forced_batch())
+
+
+# ---- the library's own trainer ---------------------------------------------------------------------------------------
+
+
+def plain_trainer(tmp_path, **arguments) -> Trainer:
+    """Over eight equal rows with every signal."""
+    batch = {name: value[:1] for name, value in teacher_forced_batch().items()}
+
+    def collate(rows: list[dict]) -> dict:
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    settings = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "use_cpu": True, "save_strategy": "no"}
+    settings |= {"report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    return Trainer(
+        model=tiny_model(),
+        args=TrainingArguments(str(tmp_path), **settings, **arguments),
+        data_collator=collate,
+        train_dataset=[batch] * 8,
+    )
+
+
+def test_accumulation_changes_no_loss_and_no_gradient(tmp_path):
+    """Also without the signals' own counts, which only our trainer gives."""
+    logs = []
+    for steps in (1, 2, 4):
+        trainer = plain_trainer(tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for log in logs[1:]:
+        assert log["loss"] == pytest.approx(logs[0]["loss"], rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-3)
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    """It would take the labels away, and with them the losses of the signals."""
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        plain_trainer(tmp_path, label_smoothing_factor=0.1).train()
 
 
 # ---- joining backbones -----------------------------------------------------------------------------------------------

@@ -40,6 +40,15 @@ AUTO_MAP = {
 }
 HAS_CHECKPOINT = (ROOT / "config.json").exists()
 FOLDERS = ("first", "again", "merged", "odd", "remote", "remote_merged", "remote_again", "package_after_remote")
+GENERATED = (
+    "sequences",
+    "boxes",
+    "mask_logits",
+    "points",
+    "object_scores",
+    "object_mask_scores",
+    "object_point_scores",
+)
 ODD_NAME = "7b tïny-model v1.0 (copy)"
 
 
@@ -97,8 +106,8 @@ def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
     found = {
         "base": base(**inputs).last_hidden_state,
         **{f"inputs.{name}": value for name, value in inputs.items()},
-        **{f"forward.{name}": output[name] for name in ("logits", "pred_boxes", "pred_mask_logits", "pred_box_iou")},
-        **{f"generate.{name}": generated[name] for name in ("sequences", "boxes", "mask_logits", "object_scores")},
+        **{f"forward.{name}": output[name] for name in output if name == "logits" or name.startswith("pred_")},
+        **{f"generate.{name}": generated[name] for name in GENERATED if name in generated},
         **{f"results.{row}.{name}": result[name] for row, result in enumerate(results) for name in ("boxes", "masks")},
         **{f"pipeline.{name}": piped[name] for name in ("boxes", "masks", "scores")},
     }

@@ -20,7 +20,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.utils.data import get_worker_info
 from transformers import configuration_utils
 from transformers.pipelines import pt_utils
-from transformers.utils import chat_template_utils
+from transformers.utils import chat_template_utils, output_capturing
 
 from perceptiongpt import PerceptionPipeline
 from rows import GRID_TOKENS, IMAGE, tiny_model
@@ -186,6 +186,14 @@ def gemma_scales() -> bool:
     return transformers.GemmaModel(config).get_input_embeddings().scalar_embed_scale == 4.0
 
 
+def hooks_are_installed() -> bool:
+    """Before the first forward, and once."""
+    tower = shared_model().model.vision_tower
+    before = sum(len(module._forward_hooks) for module in tower.modules())
+    output_capturing.maybe_install_capturing_hooks(tower)
+    return 0 < before == sum(len(module._forward_hooks) for module in tower.modules())
+
+
 def plus(number: int, more: int) -> int:
     return number + more
 
@@ -328,6 +336,9 @@ CANARIES = [
         lambda: "self.model_accepts_loss_kwargs" in inspect.getsource(TRAINER.compute_loss),
     ),
     Canary(transformers.Cache, "reorder_cache", "generate", caches_take_attributes, ("beam_idx",)),
+    Canary(
+        output_capturing, "maybe_install_capturing_hooks", "torch.compile(model, fullgraph=True)", hooks_are_installed
+    ),
     Canary(None, "scalar_embed_scale", "signals of Gemma models start too short", gemma_scales),
     Canary(None, "DUMMY_TARGET_MODULES", "adapter.mode=heads", has_no_lora_layers),
     Canary(None, "trainable_tokens_", "the table of trainable parameters counts twice", peft_names_its_parameters),
