@@ -10,7 +10,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	@echo 'Installing into .venv: a minute or two, the first time.'
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,eval,demo,dev]'
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet --root-user-action ignore --constraint constraints.txt --editable '.[train,eval,demo,dev]'
 	@touch $@
 
 demo: install

@@ -19,7 +19,13 @@ __all__ = sorted(_MODULE_OF)
 
 def register() -> None:
     """Make the Auto classes and `pipeline` know this package: its classes then win over remote copies."""
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
     from transformers.pipelines import PIPELINE_REGISTRY
 
     public = {
@@ -28,7 +34,8 @@ def register() -> None:
     config = public["PerceptionGPTConfig"]
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, public["PerceptionGPTModel"], exist_ok=True)
-    AutoModelForImageTextToText.register(config, public["PerceptionGPTForConditionalGeneration"], exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(config, public["PerceptionGPTForConditionalGeneration"], exist_ok=True)
     AutoProcessor.register(config, public["PerceptionGPTProcessor"], exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "perception",

@@ -1,9 +1,12 @@
 """Configuration of PerceptionGPT, and the special tokens that every part of the package agrees on."""
 
-import math
-
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec, strict
+
+from .signal_box_perceptiongpt import PerceptionGPTBoxConfig
+from .signal_mask_perceptiongpt import PerceptionGPTMaskConfig
+from .signal_point_perceptiongpt import PerceptionGPTPointConfig
+from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals
 
 
 IMAGE_TOKEN = "<image>"
@@ -11,6 +14,10 @@ VIS_TOKEN = "<vis>"
 PHRASE_START_TOKEN = "<p>"
 PHRASE_END_TOKEN = "</p>"
 RESERVED_TOKENS = tuple(f"<reserved_{index}>" for index in range(8))
+# Of pyramid towers: what a config that does not say otherwise gets.
+PYRAMID_IMAGE_SIZE = 224
+PIXELS_PER_CELL = 16
+PYRAMID_FEATURE_SIZE = 256
 ADDED_TOKENS = (IMAGE_TOKEN, VIS_TOKEN, PHRASE_START_TOKEN, PHRASE_END_TOKEN, *RESERVED_TOKENS)
 
 
@@ -25,71 +32,19 @@ def add_perception_tokens(tokenizer) -> int:
     return tokenizer.add_tokens(tokens, special_tokens=True)
 
 
-class PerceptionGPTBoxConfig(PreTrainedConfig):
-    r"""
-    Sizes and loss weights of the box signal.
-
-    Args:
-        hidden_size (`int`, defaults to 1024): width of the two hidden layers of the box encoder and decoder.
-        l1_weight (`float`, defaults to 5.0): weight of the L1 term, summed over the four coordinates.
-        giou_weight (`float`, defaults to 2.0): weight of the GIoU term.
-        iou_weight (`float`, defaults to 1.0): weight of the squared error of the predicted IoU.
-    """
-
-    model_type = "perceptiongpt_box"
-    base_config_key = "box_config"
-
-    hidden_size: int = 1024
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    iou_weight: float = 1.0
-
-
-class PerceptionGPTMaskConfig(PreTrainedConfig):
-    r"""
-    Sizes and loss weights of the mask signal.
-
-    Args:
-        size (`int`, *optional*):
-            Side M of the masks that go in and of the mask logits that come out. By default the patch grid doubled
-            until it is at least 128.
-        hidden_size (`int`, defaults to 256): width of the two-way transformer.
-        num_hidden_layers (`int`, defaults to 2): number of two-way blocks.
-        num_attention_heads (`int`, defaults to 8): attention heads of the two-way transformer.
-        mlp_dim (`int`, defaults to 1024): width of the MLPs of the two-way transformer.
-        attention_downsample_rate (`int`, defaults to 2): by how much the cross attentions narrow the width.
-        layer_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norms in the two-way blocks.
-        upscale_channels (`int`, defaults to 32): least width of the upsampled image features.
-        encoder_channels (`list[int]`, defaults to `[32, 64, 64]`): width of each stage of the mask encoder's ResNet.
-        encoder_grid (`int`, defaults to 8): side of the feature map that the encoder's linear layer reads.
-        bce_weight, dice_weight, iou_weight (`float`): weights of the loss terms, each a mean over one mask.
-    """
-
-    model_type = "perceptiongpt_mask"
-    base_config_key = "mask_config"
-
-    size: int | None = None
-    hidden_size: int = 256
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 8
-    mlp_dim: int = 1024
-    attention_downsample_rate: int = 2
-    layer_norm_eps: float = 1e-6
-    upscale_channels: int = 32
-    encoder_channels: list[int] | tuple[int, ...] = (32, 64, 64)
-    encoder_grid: int = 8
-    bce_weight: float = 2.0
-    dice_weight: float = 2.0
-    iou_weight: float = 1.0
-
-
+@strict
 class PerceptionGPTConfig(PreTrainedConfig):
     r"""
     Configuration of a [`PerceptionGPTForConditionalGeneration`]. Without arguments: Vicuna-7B and CLIP ViT-L/14-336.
 
     Args:
         vision_config, text_config (`PreTrainedConfig` or `dict`, *optional*): the two backbones.
-        box_config, mask_config (`PreTrainedConfig` or `dict`, *optional*): the two signals.
+        signals (`list[str]`, *optional*):
+            Names of the signals that the model has, in any order; all of `SIGNALS` by default. A saved config that does
+            not list them has `["box", "mask"]`.
+        box_config, mask_config, point_config (`PreTrainedConfig` or `dict`, *optional*):
+            Sizes and loss weights of the signals; `None` for signals that the model does not have. A signal beyond
+            these has its `<name>_config` in the same way.
         image_token_id, vis_token_id, phrase_start_token_id, phrase_end_token_id (`int`):
             Ids of `<image>`, `<vis>`, `<p>` and `</p>`.
         reserved_token_ids (`list[int]`): ids of the rows kept for later signals.
@@ -99,7 +54,20 @@ class PerceptionGPTConfig(PreTrainedConfig):
             Index (0 = first layer) of the tower layer that both feature mixtures start from exactly; `None` starts
             from the plain mean of all layers.
         position_gain (`float`, defaults to 1.0):
-            What the gain of the 2-D position table starts at: 1 for fresh towers, 0 for pretrained ones.
+            What the gain of the 2-D position table starts at: 1 for fresh towers and for those without absolute
+            position embeddings, 0 for other pretrained ones.
+        image_size (`int`, *optional*): Side in pixels of the square images that the tower reads; by default its own.
+        image_grid (`int`, *optional*):
+            Cells per side of what the language model sees of an image. Of a plain ViT always its patches; of a pyramid
+            by default one cell for 16 pixels.
+        mask_grid (`int`, *optional*):
+            Cells per side that the mask decoder's transformer reads. Of a plain ViT always the patches of the pass that
+            it reads; of a pyramid by default `image_grid`.
+        feature_size (`int`, *optional*):
+            Width of the features of an image. Of a plain ViT always its hidden size; of a pyramid the width to which
+            all stages are mapped, by default 256.
+        vision_stages (`list[dict]`, *optional*):
+            The stages of a pyramid, found when the model is first built: see [`find_stages`].
         mask_image_size (`int`, *optional*):
             Side in pixels of a second, finer pass of the tower for the mask decoder; `None` shares the one pass.
         lm_loss_weight (`float`, defaults to 1.0): weight of the language modelling loss (paper, equation 2).
@@ -121,14 +89,18 @@ class PerceptionGPTConfig(PreTrainedConfig):
             },
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064}),
-        "box_config": PerceptionGPTBoxConfig,
-        "mask_config": PerceptionGPTMaskConfig,
+        **{
+            signal.config_key: SubConfigSpec(config_class=signal.config_class, optional=True)
+            for signal in SIGNALS.values()
+        },
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    signals: list[str] | tuple[str, ...] | None = None
     box_config: dict | PreTrainedConfig | None = None
     mask_config: dict | PreTrainedConfig | None = None
+    point_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 32000
     vis_token_id: int = 32001
     phrase_start_token_id: int = 32002
@@ -137,27 +109,35 @@ class PerceptionGPTConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     mixture_base_layer: int | None = None
-    position_gain: float = 1.0
+    position_gain: float | int = 1.0
+    image_size: int | None = None
+    image_grid: int | None = None
+    mask_grid: int | None = None
+    feature_size: int | None = None
+    vision_stages: list[dict] | None = None
     mask_image_size: int | None = None
-    lm_loss_weight: float = 1.0
+    lm_loss_weight: float | int = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.signals = choose_signals(SIGNALS if self.signals is None else self.signals)
+        for name, signal in SIGNALS.items():
+            # A signal without a field above comes with the other keywords.
+            given = kwargs.pop(signal.config_key, getattr(self, signal.config_key, None))
+            setattr(self, signal.config_key, ({} if given is None else given) if name in self.signals else None)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.reserved_token_ids = list(self.reserved_token_ids)
-        self.mask_config.encoder_channels = list(self.mask_config.encoder_channels)
-        for name, side in (("image_size", self.vision_config.image_size), ("mask_image_size", self.mask_image_size)):
-            if side is not None and (not isinstance(side, int) or side < self.vision_config.patch_size):
-                raise ValueError(f"`{name}` is {side!r}, expected an int of at least one patch of square pictures.")
-        if self.mask_config.size is None:
-            self.mask_config.size = self.mask_grid * 2 ** max(0, math.ceil(math.log2(128 / self.mask_grid)))
+        self._set_vision_sizes()
+        for name in self.signals:
+            SIGNALS[name].complete_config(self)
         # Said here rather than at saving time, so that every re-save, of a fine-tuned or merged model too, stays
         # loadable with `trust_remote_code=True` and keeps `pipeline("perception")`.
         self.auto_map = {
             "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
             "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
             "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
             "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
         }
         self.custom_pipelines = {
@@ -169,22 +149,78 @@ class PerceptionGPTConfig(PreTrainedConfig):
             }
         }
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in the library; `signals` decides which sub-configs are made, so it is set before the others."""
+        signals = kwargs.pop("signals", None) or config_dict.get("signals") or FIRST_SIGNALS
+        return super().from_dict({**config_dict, "signals": list(signals)}, **kwargs)
+
+    def _set_vision_sizes(self) -> None:
+        """Fills in `image_size`, `image_grid`, `mask_grid` and `feature_size`, and checks those that were given."""
+        vision = self.vision_config
+        own_size = getattr(vision, "image_size", None)
+        own_size = own_size[0] if isinstance(own_size, (list, tuple)) else own_size
+        if self.image_size is None:
+            self.image_size = PYRAMID_IMAGE_SIZE if own_size is None else own_size
+        if self.is_pyramid:
+            least_side = PIXELS_PER_CELL
+        else:
+            least_side = vision.patch_size
+        for name in ("image_size", "mask_image_size"):
+            side = getattr(self, name)
+            if side is not None and (not isinstance(side, int) or side < least_side):
+                raise ValueError(f"`{name}` is {side!r}, expected an int of at least one patch of square images.")
+        if self.is_pyramid:
+            self.image_grid = self.image_grid or self.image_size // PIXELS_PER_CELL
+            self.mask_grid = self.mask_grid or self.image_grid
+            self.feature_size = self.feature_size or PYRAMID_FEATURE_SIZE
+            return
+        derived = {
+            "image_grid": self.image_size // vision.patch_size,
+            "mask_grid": (self.mask_image_size or self.image_size) // vision.patch_size,
+            "feature_size": vision.hidden_size,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {value}, which this tower has.")
+            setattr(self, name, value)
+
+    def validate_mixture_base_layer(self) -> None:
+        """The layer that the mixtures start from exists; how many stages a pyramid has is known once it is built."""
+        layers = len(self.vision_stages or ()) if self.is_pyramid else self.vision_config.num_hidden_layers
+        if layers and self.mixture_base_layer is not None and not 0 <= self.mixture_base_layer < layers:
+            raise ValueError(f"`mixture_base_layer` is {self.mixture_base_layer}, expected one of 0 to {layers - 1}.")
+
     @property
-    def image_grid(self) -> int:
-        """Patches per side of the picture that the language model sees."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+    def is_pyramid(self) -> bool:
+        """Whether the tower's layers are maps of several sizes and widths, as those of ConvNeXt, Swin and ResNet."""
+        sizes = ("hidden_size", "num_hidden_layers", "patch_size")
+        plain = all(isinstance(getattr(self.vision_config, name, None), int) for name in sizes)
+        return not plain or hasattr(self.vision_config, "depths")
 
     @property
     def image_seq_length(self) -> int:
-        """Number of `<image>` tokens per picture."""
+        """Number of `<image>` tokens per image."""
         return self.image_grid**2
 
     @property
-    def mask_grid(self) -> int:
-        """Patches per side of the features that the mask decoder reads."""
-        return (self.mask_image_size or self.vision_config.image_size) // self.vision_config.patch_size
+    def fine_grid(self) -> int | None:
+        """Cells per side of a pyramid's finest map, which enters the mask decoder where it upsamples."""
+        if self.vision_stages is None:
+            return None
+        return self.vision_stages[0]["grid"] * (self.mask_image_size or self.image_size) // self.image_size
+
+    @property
+    def mask_cells(self) -> int:
+        """Number of cells that the mask decoder reads of an image: those of its grid, and of a pyramid's finest map."""
+        return self.mask_grid**2 + (self.fine_grid or 0) ** 2
 
 
 PerceptionGPTConfig.register_for_auto_class()
 
-__all__ = ["PerceptionGPTBoxConfig", "PerceptionGPTConfig", "PerceptionGPTMaskConfig"]
+__all__ = [
+    "PerceptionGPTBoxConfig",
+    "PerceptionGPTConfig",
+    "PerceptionGPTMaskConfig",
+    "PerceptionGPTPointConfig",
+]

@@ -1,4 +1,4 @@
-"""Draw what the model found on its picture, and put pictures side by side. Needs the `demo` extra (supervision)."""
+"""Draw what the model found on its image, and put images side by side. Needs the `demo` extra (supervision)."""
 
 import textwrap
 import warnings
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 
 
 COLORS = "#FF3B5C #1E90FF #2ECC40 #FF9F1C #B14AED #00CFCF #F5E027 #F564E3 #A0522D #7FDBB6 #3D5AFE #C0D72F".split()
@@ -33,7 +35,7 @@ def _mask_array(mask, height: int, width: int) -> np.ndarray:
         mask = coco_mask.decode(mask)
     mask = np.asarray(mask, dtype=bool)
     if mask.shape != (height, width):
-        raise ValueError(f"a mask of {mask.shape} cannot be drawn on a picture of (height, width) = {(height, width)}.")
+        raise ValueError(f"a mask of {mask.shape} cannot be drawn on an image of (height, width) = {(height, width)}.")
     return mask
 
 
@@ -45,23 +47,23 @@ def draw_objects(
     labels: Sequence[str] | None = None,
     longer_side: int | None = None,
 ) -> Image.Image:
-    """Draw boxes, masks, phrases and scores on a copy of a picture.
+    """Draw boxes, masks, points, phrases and scores on a copy of an image.
 
     Args:
-        image: the picture that was asked about.
-        result: one entry of `processor.post_process_generation`: of each of `result["objects"]`, `box` (xyxy, pixels of
-            `image`), `mask` (bool array of shape `(height, width)`, COCO RLE, or None), `phrase` (an object without
-            one is called by its number) and `score` (if not None) are drawn.
-        caption: text for a strip below the picture, such as the model's answer.
-        labels: of each object, what is written beside it in place of phrase and score; nothing where it is empty.
-        longer_side: of the picture that is drawn, in pixels; without, as large as it is, but at least 512, so that
-            labels can be read.
+        image: the image that was asked about.
+        result: one entry of `processor.post_process_generation`. Of each of `result["objects"]` it draws `box` (xyxy,
+            pixels of `image`), `mask` (bool array of shape `(height, width)`, COCO RLE, or None), `point` (xy, pixels
+            of `image`), `phrase` (an object without one gets a number) and `score` (unless None).
+        caption: text for a strip below the image, such as the model's answer.
+        labels: text beside each object instead of its phrase and score; an empty string for no text.
+        longer_side: of the drawn image, in pixels; by default the image's own, but at least 512, so that labels can be
+            read.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        ValueError: a mask is not of the picture's size.
+        ValueError: a mask does not have the image's size.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)
@@ -104,6 +106,16 @@ def draw_objects(
             smart_position=True,
             max_line_length=max(8, int(size[0] / (0.65 * font_size))),
         ).annotate(canvas, detections[has_label], [label for label in labels if label])
+        dots = [name for name, signal in SIGNALS.items() if signal.drawn_as == "dot"]
+        for index, found in enumerate(objects):
+            for x, y in (np.array(found[name]) * scale for name in dots if found.get(name) is not None):
+                radius = font_size / 3
+                ImageDraw.Draw(canvas).ellipse(
+                    (x - radius, y - radius, x + radius, y + radius),
+                    fill=palette.by_idx(index).as_rgb(),
+                    outline="white",
+                    width=max(1, font_size // 10),
+                )
     return _with_caption(canvas, caption, font_size) if caption else canvas
 
 
@@ -119,11 +131,11 @@ def _with_caption(image: Image.Image, caption: str, font_size: int) -> Image.Ima
 
 
 def card(image: Image.Image, title: str, text: str, width: int) -> Image.Image:
-    """A picture between its title and at most `CARD_LINES` lines of text, on white.
+    """An image between its title and at most `CARD_LINES` lines of text, on white.
 
     Args:
-        image: a picture no wider than `width`.
-        title, text: what is written above and below it; what does not fit is cut.
+        image: an image no wider than `width`.
+        title, text: the words above and below it, cut where they do not fit.
         width: of the card, in pixels.
     """
     font = ImageFont.truetype(_font_path(), CARD_FONT_SIZE)
@@ -141,25 +153,25 @@ def card(image: Image.Image, title: str, text: str, width: int) -> Image.Image:
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, path: str | Path, *, cell: int = 480, max_bytes: int = 200_000
 ) -> Path:
-    """Save pictures side by side as one JPEG or PNG of at most `max_bytes` bytes.
+    """Save images side by side as one JPEG or PNG of at most `max_bytes` bytes.
 
-    Each is shrunk to fit a square cell; a row is as high as the highest in it.
+    Each is shrunk to fit a square cell; a row is as high as its highest image.
 
     Args:
-        images: the pictures, in reading order.
+        images: the images, in reading order.
         columns: cells in a row.
         path: file to write, ending in .jpg or .png.
         cell: side of a cell in pixels, its margin included.
-        max_bytes: a JPEG's quality, then the size of the sheet, goes down until the file is no larger.
+        max_bytes: first a JPEG's quality, then the sheet's size is reduced until the file is no larger.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: there are no images.
     """
     if not images:
-        raise ValueError("a contact sheet needs at least one picture.")
+        raise ValueError("a contact sheet needs at least one image.")
     columns = min(columns, len(images))
     inside = cell - SHEET_MARGIN
     small = [image.convert("RGB") for image in images]

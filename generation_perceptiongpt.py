@@ -4,16 +4,18 @@ generation loop. Every step records one hidden state and one probability a row; 
 all, once after the loop.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation import GenerationMode
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
 
-from .signals_perceptiongpt import SIGNALS
+from .signals_perceptiongpt import SIGNALS, take_signal_inputs, with_signal_fields
+from .slots_perceptiongpt import align_slots, prepare_slots, slot_positions
 
 
+@with_signal_fields(lambda signal: signal.result_names)
 @dataclass
 class SignalGenerateFields:
     r"""
@@ -22,8 +24,10 @@ class SignalGenerateFields:
     Args:
         boxes (`torch.Tensor` of shape `(S, K, 4)`): float32 xyxy in 0..1 of the padded square.
         mask_logits (`torch.Tensor` of shape `(S, K, M, M)`): on the padded square.
-        object_scores, object_mask_scores (`torch.Tensor` of shape `(S, K)`):
-            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask.
+        points (`torch.Tensor` of shape `(S, K, 2)`): float32 xy in 0..1 of the padded square.
+        object_scores, object_mask_scores, object_point_scores (`torch.Tensor` of shape `(S, K)`):
+            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask, or the predicted
+            score of its point.
         object_valid (`torch.Tensor` of shape `(S, K)`): bool, whether the sequence has a k-th `<vis>`.
         positions (`torch.Tensor` of shape `(S, K)`): index into `sequences`, -1 where there is none.
         prompt_length (`int`): where the answers start in `sequences`.
@@ -31,8 +35,10 @@ class SignalGenerateFields:
 
     boxes: torch.FloatTensor | None = None
     mask_logits: torch.FloatTensor | None = None
+    points: torch.FloatTensor | None = None
     object_scores: torch.FloatTensor | None = None
     object_mask_scores: torch.FloatTensor | None = None
+    object_point_scores: torch.FloatTensor | None = None
     object_valid: torch.BoolTensor | None = None
     positions: torch.LongTensor | None = None
     prompt_length: int | None = None
@@ -55,7 +61,7 @@ class SignalState:
     Attributes:
         mask_features (`torch.Tensor` of shape `(images, cells, width)` or `None`): what masks are decoded from.
         mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
-        image_of_row (`torch.Tensor` of shape `(rows,)`): the last picture of each row, -1 for none.
+        image_of_row (`torch.Tensor` of shape `(rows,)`): the last image of each row, -1 for none.
         prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
             where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
         prompt_start (`int`): how many tokens the cache held before them.
@@ -86,7 +92,7 @@ class SignalState:
         self.states, self.probabilities, self.step_embeds = [], [], []
 
     def add_images(self, images_per_row: torch.Tensor, mask_features, mask_pixel_values) -> None:
-        """Appends the pictures of a new prompt, rows in order."""
+        """Appends the images of a new prompt, rows in order."""
         last = self.num_images + images_per_row.cumsum(0) - 1
         self.image_of_row = torch.where(images_per_row > 0, last, self.image_of_row)
         self.num_images += int(images_per_row.sum())
@@ -96,7 +102,7 @@ class SignalState:
                 setattr(self, name, new if old is None else torch.cat([old, new]))
 
     def expand(self, expand_size: int) -> None:
-        """Repeats every row, as the library does for beams and returned sequences. Pictures are not copied."""
+        """Repeats every row, as the library does for beams and returned sequences. Images are not copied."""
         self.image_of_row = self.image_of_row.repeat_interleave(expand_size, dim=0)
         if self.prompt_embeds is not None:
             self.prompt_embeds = self.prompt_embeds.repeat_interleave(expand_size, dim=0)
@@ -114,7 +120,7 @@ class SignalState:
 
 
 class PerceptionGPTGenerationMixin(GenerationMixin):
-    """`generate` with boxes and masks in and out."""
+    """`generate` with signals in and out."""
 
     # Run outside `forward`, so FSDP has to gather the weights for them as it does for `forward`.
     _signal_entry_points = ("get_image_features", "get_mask_features", "encode_signals", "decode_signals", "feed_back")
@@ -127,22 +133,24 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         """See [`PerceptionGPTModel.encode_signals`]."""
         return self.model.encode_signals(values, read)
 
-    def decode_signals(self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor) -> dict:
+    def decode_signals(
+        self, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor, **kwargs
+    ) -> dict:
         """See [`PerceptionGPTModel.decode_signals`]."""
-        return self.model.decode_signals(states, image_features, image_index)
+        return self.model.decode_signals(states, image_features, image_index, **kwargs)
 
     def feed_back(self, states: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(rows, hidden)` of the boxes that the states `(rows, hidden)` decode to."""
+        """See [`PerceptionGPTModel.feed_back`]."""
         return self.model.feed_back(states)
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **kwargs):
         r"""
         [`GenerationMixin.generate`] with the tensors of the processor as further inputs: `pixel_values`,
-        `mask_pixel_values`, `boxes`, `masks`, `boxes_valid`, `masks_valid`, `boxes_read`, `masks_read`.
+        `mask_pixel_values`, and of each signal `boxes`, `boxes_valid`, `boxes_read` and so on.
 
         To continue from the cache of an earlier call, pass its `past_key_values` and `sequences` (with text appended or
-        not) and the pictures and signals of the new text only.
+        not) and the images and signals of the new text only.
 
         Returns:
             What the library returns; with `return_dict_in_generate=True` the fields of [`SignalGenerateFields`] beside.
@@ -155,6 +163,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         register_entry_points(self)
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            kwargs["input_ids"] = self._first_token(generation_config or self.generation_config, kwargs)
         state, kwargs = self._begin_signals(kwargs)
         output = super().generate(generation_config=generation_config, signal_state=state, **kwargs)
         cache = getattr(output, "past_key_values", None)
@@ -169,6 +179,13 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             return output
         prompt_length = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
         return self._add_objects(output, state, prompt_length)
+
+    def _first_token(self, generation_config, kwargs: dict) -> torch.Tensor:
+        """What `generate` starts from without a prompt, as in the library."""
+        bos_token_id = kwargs.get("bos_token_id", generation_config.bos_token_id)
+        if bos_token_id is None:
+            raise ValueError("`generate` got no prompt, and there is no `bos_token_id` to start from.")
+        return torch.full((1, 1), bos_token_id, dtype=torch.long, device=self.device)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
@@ -195,14 +212,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             )
 
     def _begin_signals(self, kwargs: dict) -> tuple[SignalState, dict]:
-        """Encodes the pictures and signals of the prompt, each once and before any row is repeated."""
-        values = {signal.values_name: kwargs.pop(signal.values_name, None) for signal in SIGNALS.values()}
-        flags = {f"{name}_{flag}": kwargs.pop(f"{name}_{flag}", None) for name in values for flag in ("valid", "read")}
-        for name in ("boxes_noise", "mask_image_index", "signal_image_index"):
+        """Encodes the images and signals of the prompt, each once and before any row is repeated."""
+        signals = take_signal_inputs(kwargs)
+        for name in ("mask_image_index", "signal_image_index"):
             kwargs.pop(name, None)
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("`generate` needs `input_ids` or `inputs_embeds`.")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         device = tokens.device if self.device.type == "meta" else self.device
         ids, embeds = (None, inputs_embeds) if inputs_embeds is not None else (input_ids.to(device), None)
@@ -225,6 +239,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                     f"`past_key_values` has {len(state.image_of_row)} rows, the prompt {len(tokens)}: expected as many."
                 )
             attention_mask = kwargs.get("attention_mask")
+            if attention_mask is None and tokens.shape[1] <= past_length:
+                raise ValueError(
+                    f"`past_key_values` holds {past_length} tokens, the prompt {tokens.shape[1]}: pass the whole text, "
+                    "that of the cache included, or, with new tokens alone, an `attention_mask` over both."
+                )
             if attention_mask is None or attention_mask.shape[1] == tokens.shape[1]:
                 ids = None if ids is None else ids[:, past_length:]
                 embeds = None if embeds is None else embeds[:, past_length:]
@@ -239,6 +258,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         images_per_row = torch.div(image_mask.sum(1), self.config.image_seq_length, rounding_mode="floor")
         mask_pixel_values = kwargs.pop("mask_pixel_values", None)
+        if self.config.mask_image_size and image_outputs is not None and mask_pixel_values is None:
+            raise ValueError(
+                f"The model decodes masks from images at {self.config.mask_image_size} pixels, but `mask_pixel_values` "
+                "is missing; pass what the processor of this checkpoint returns under that name."
+            )
         state.add_images(images_per_row, getattr(image_outputs, "mask_features", None), mask_pixel_values)
 
         # A `<vis>` that the last call emitted and nothing has read yet takes the box that predicted it.
@@ -248,19 +272,19 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         carried = vis_mask.clone()
         carried[:, 0] &= ~waiting
 
-        slots = self.model.prepare_slots(*values.values(), *flags_in_order(flags), carried)
+        slots = prepare_slots(self.config, signals, device)
         prompt_embeds, prompt_replaced = None, torch.zeros_like(vis_mask)
         if slots is not None:
-            to_device = {key: {name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read")}
-            embeddings = self.encode_signals(to_device["values"], to_device["read"])
-            prompt_embeds, prompt_replaced = self.model.align_slots(embeddings, to_device["read"], carried)
+            values, read = ({name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read"))
+            prompt_embeds, prompt_replaced = align_slots(self.encode_signals(values, read), read, carried)
         empty = (carried & ~prompt_replaced).nonzero()
         if len(empty):
             row, position = empty[0].tolist()
             number = int(carried[row, : position + 1].sum())
+            plurals = " or ".join(f"`{SIGNALS[name].plural}`" for name in self.config.signals)
             raise ValueError(
-                f"Row {row}: the {number}. `<vis>` of the prompt has neither a box nor a mask; pass one in slot "
-                f"{number - 1} of `boxes` or `masks` and mark it valid."
+                f"Row {row}: the {number}. `<vis>` of the prompt carries nothing; pass a value in slot {number - 1} of "
+                f"{plurals} and mark it valid."
             )
         if waiting.any():
             feedback = self.feed_back(state.last_state)
@@ -346,13 +370,13 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         return past_key_values
 
     def _add_objects(self, output, state: SignalState, prompt_length: int):
-        """Decodes every emitted `<vis>` to its box and its mask, in one batch."""
+        """Decodes every emitted `<vis>` to its value of each signal, in one batch."""
         answers = output.sequences[:, prompt_length:]
         num_sequences, length = answers.shape
         device = state.states[0].device
         is_vis = answers.to(device) == self.config.vis_token_id
         num_slots = int(is_vis.sum(1).max()) if length else 0
-        positions, valid = self.model.slot_positions(is_vis, num_slots)
+        positions, valid = slot_positions(is_vis, num_slots)
         rows = torch.arange(num_sequences, device=device)[:, None].expand(-1, num_slots)
         beam_indices = getattr(output, "beam_indices", None)
         if beam_indices is not None:
@@ -376,7 +400,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         )
 
     def _image_features(self, state: SignalState, image_of_slot: torch.Tensor, valid: torch.Tensor):
-        """What masks are decoded from, and each slot's index into it; a finer pass sees pictures with a `<vis>`."""
+        """What masks are decoded from, and each slot's index into it; a finer pass sees images with a `<vis>`."""
         if state.mask_pixel_values is not None:
             image_of_slot = torch.where(valid, image_of_slot, -1)
             wanted = image_of_slot[image_of_slot >= 0].unique()
@@ -385,7 +409,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 index = torch.searchsorted(wanted, image_of_slot)
                 return self.get_mask_features(pixel_values), torch.where(image_of_slot >= 0, index, -1)
         if state.mask_features is None:
-            shape = (0, self.config.mask_grid**2, self.config.vision_config.hidden_size)
+            shape = (0, self.config.mask_cells, self.config.feature_size)
             return torch.zeros(shape, device=image_of_slot.device), torch.full_like(image_of_slot, -1)
         return state.mask_features, image_of_slot
 
@@ -396,16 +420,10 @@ CONTINUOUS_BATCHING_REFUSED = (
 )
 
 
-def flags_in_order(flags: dict) -> tuple:
-    """The order in which `prepare_slots` takes them."""
-    return flags["boxes_valid"], flags["masks_valid"], flags["boxes_read"], flags["masks_read"]
-
-
 def register_entry_points(model) -> None:
     """Lets FSDP2 gather the weights around the methods that `generate` calls beside `forward`."""
-    if type(model).__name__.startswith("FSDP") and not getattr(model, "_entry_points_registered", False):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # there if anyone has sharded a model
+    if fsdp and isinstance(model, fsdp.FSDPModule) and not getattr(model, "_entry_points_registered", False):
         for name in model._signal_entry_points:
-            register_fsdp_forward_method(model, name)
+            fsdp.register_fsdp_forward_method(model, name)
         model._entry_points_registered = True

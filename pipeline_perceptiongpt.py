@@ -1,4 +1,4 @@
-"""`pipeline("perception", model=..., trust_remote_code=True)`: questions about pictures in, objects in pixels out."""
+"""`pipeline("perception", model=..., trust_remote_code=True)`: questions about images in, objects in pixels out."""
 
 from collections.abc import Iterator, Sized
 
@@ -6,22 +6,21 @@ from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .signals_perceptiongpt import SIGNALS
+
 
 OUTPUT_NAMES = (
     "sequences",
-    "boxes",
-    "mask_logits",
-    "object_scores",
-    "object_mask_scores",
     "object_valid",
     "positions",
     "prompt_length",
+    *(name for signal in SIGNALS.values() for name in signal.result_names),
 )
 
 
 class PerceptionPipeline(Pipeline):
     """
-    Asks a PerceptionGPT model about pictures.
+    Asks a PerceptionGPT model about images.
 
     ```python
     pipe = pipeline("perception", model=repo, trust_remote_code=True)
@@ -42,23 +41,23 @@ class PerceptionPipeline(Pipeline):
     def __call__(self, inputs, text: str | list[str] | None = None, **kwargs):
         """
         Args:
-            inputs: a picture (PIL image, array, path or URL); a dict with `image` (or a list of them), `text` and, for
-                a question about a region, `box` and `mask`, which then follow the text; a conversation as in
-                `apply_chat_template`; or a list, dataset or generator of these.
-            text (`str` or `list[str]`, *optional*): the question about the picture, or one for each.
+            inputs: an image (PIL image, array, path or URL); a dict with `image` (or a list of them), `text` and, for
+                a question about a region, any of `box`, `mask` and `point`, which then follow the text; a conversation
+                as in `apply_chat_template`; or a list, dataset or generator of these.
+            text (`str` or `list[str]`, *optional*): the question about the image, or one for each.
             batch_size, num_workers (`int`, *optional*): as in every pipeline.
             threshold, mask_format (*optional*): as in `post_process_generation`.
             kwargs: for `generate`.
 
         Returns:
-            Per input the dict of `post_process_generation`, in pixels of the original picture; a list of them with
+            Per input the dict of `post_process_generation`, in pixels of the original image; a list of them with
             `num_return_sequences`.
         """
         if text is not None:
             if isinstance(inputs, (list, tuple)):
                 texts = [text] * len(inputs) if isinstance(text, str) else list(text)
                 if len(texts) != len(inputs):
-                    raise ValueError(f"{len(texts)} texts were given for {len(inputs)} pictures")
+                    raise ValueError(f"{len(texts)} texts were given for {len(inputs)} images")
                 inputs = [{"image": image, "text": one} for image, one in zip(inputs, texts, strict=True)]
             elif isinstance(text, str):
                 inputs = {"image": inputs, "text": text}
@@ -72,7 +71,7 @@ class PerceptionPipeline(Pipeline):
         return {}, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, postprocess
 
     def preprocess(self, inputs) -> dict:
-        """One input as messages with its pictures loaded, and the (height, width) of each of them."""
+        """One input as messages with its images loaded, and the (height, width) of each of them."""
         messages = getattr(inputs, "messages", None) or _as_messages(inputs)
         loaded, sizes = [], []
         for message in messages:
@@ -82,7 +81,7 @@ class PerceptionPipeline(Pipeline):
                 for item in content:
                     if item.get("type") == "image":
                         source = next(
-                            (item[key] for key in ("image", "url", "path") if item.get(key) is not None), None
+                            (item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None), None
                         )
                         item["image"] = self.processor.load_image(source, f"image {len(sizes)}")
                         sizes.append((item["image"].height, item["image"].width))
@@ -100,7 +99,7 @@ class PerceptionPipeline(Pipeline):
         ).to(self.device, self.dtype)
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=True)
         output = self.model.generate(**inputs, **generate_kwargs)
-        answer = {name: output[name] for name in OUTPUT_NAMES}
+        answer = {name: output[name] for name in OUTPUT_NAMES if name in output}
         return {**answer, "sizes": [row["sizes"] or None for row in model_inputs]}
 
     def postprocess(self, model_outputs: dict, **kwargs) -> list:
@@ -127,18 +126,18 @@ class PerceptionPipeline(Pipeline):
 
 
 def _as_messages(inputs: dict) -> list[dict]:
-    if not isinstance(inputs, dict) or not inputs.keys() <= {"image", "text", "box", "mask"} or "text" not in inputs:
+    if not isinstance(inputs, dict) or not inputs.keys() <= {"image", "text", *SIGNALS} or "text" not in inputs:
         raise ValueError(
-            f"The perception pipeline got {str(inputs)[:80]}; expected a picture and a text, a dict with 'image' and "
-            "'text' and perhaps 'box' and 'mask', or messages."
+            f"The perception pipeline got {str(inputs)[:80]}; expected an image and a text, a dict with 'image' and "
+            f"'text' and perhaps {', '.join(map(repr, SIGNALS))}, or messages."
         )
     images = inputs.get("image", [])
     images = images if isinstance(images, (list, tuple)) else [images]
-    signals = {key: inputs[key] for key in ("box", "mask") if inputs.get(key) is not None}
+    signals = {key: inputs[key] for key in SIGNALS if inputs.get(key) is not None}
     content = [{"type": "image", "image": image} for image in images]
     if signals:
         content.append({"type": "text", "text": f"{inputs['text'].rstrip()} "})
-        content.append({"type": "region" if len(signals) == 2 else next(iter(signals)), **signals})
+        content.append({"type": "region" if len(signals) > 1 else next(iter(signals)), **signals})
     else:
         content.append({"type": "text", "text": inputs["text"]})
     return [{"role": "user", "content": content}]

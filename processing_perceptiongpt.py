@@ -1,16 +1,18 @@
-"""Pictures, text, boxes and masks into tensors, and what the model generated back into objects in pixels."""
+"""Images, text and signals into tensors, and what the model generated back into objects in pixels."""
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoTokenizer, BatchFeature, ImageProcessingMixin, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
 
+from .chat_perceptiongpt import CHAT_TEMPLATE, answer_spans, chat_form, end_answers, shape_contents
 from .configuration_perceptiongpt import (
     IMAGE_TOKEN,
     PHRASE_END_TOKEN,
@@ -19,55 +21,25 @@ from .configuration_perceptiongpt import (
     VIS_TOKEN,
     add_perception_tokens,
 )
-from .geometry_perceptiongpt import (
-    boxes_from_square,
-    boxes_to_square,
-    clip_box,
-    decode_mask,
-    encode_rle,
-    mask_to_polygons,
-    mask_to_square,
-    sample_mask_logits,
-    tight_box,
-)
 from .images_perceptiongpt import read_image
+from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals, refuse_signal, take_signal_inputs
 
 
 if TYPE_CHECKING:
     # Named so that `save_pretrained` copies the file of `pipeline("perception")` beside this one.
     from .pipeline_perceptiongpt import PerceptionPipeline  # noqa: F401
 
-SIGNAL_NAMES = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read")
-SIGNAL_TYPES = ("box", "mask", "region")
-TIGHT = "tight"
 MASK_FORMATS = ("bool", "rle", "polygons", None)
 
-# For tokenizers that bring no template of their own. An answer starts right after the line break, so that the state
-# that ends a prompt is the one that predicts the `<vis>` of a direct task.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- message['role'] + ':\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] + (eos_token or '') }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'assistant:\\n' }}
-{%- endif %}
-"""
+logger = logging.get_logger(__name__)
 
 
 class PerceptionBatch(BatchFeature):
-    """A `BatchFeature` whose box coordinates stay float32 when it is cast: bfloat16 boxes are bins of pixels."""
+    """A `BatchFeature` whose coordinates stay float32 when it is cast: bfloat16 boxes are bins of pixels."""
 
     def to(self, *args, **kwargs) -> "PerceptionBatch":
-        names = [name for name in ("boxes", "boxes_noise") if isinstance(self.data.get(name), torch.Tensor)]
-        coordinates = {name: self.data[name] for name in names}
+        names = [name for signal in SIGNALS.values() for name in signal.float32_names]
+        coordinates = {name: self.data[name] for name in names if isinstance(self.data.get(name), torch.Tensor)}
         super().to(*args, **kwargs)
         for name, value in coordinates.items():
             self.data[name] = value.to(self.data[name].device)
@@ -85,6 +57,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         image_seq_length (`int`): number of `<image>` tokens per picture, `config.image_seq_length`.
         mask_size (`int`): side M of the masks that go in, `config.mask_config.size`.
         mask_image_size (`int`, *optional*): side in pixels of `mask_pixel_values`, `config.mask_image_size`.
+        signals (`list[str]`, defaults to `["box", "mask"]`): the checkpoint's signals, `config.signals`.
     """
 
     text_kwargs = {"padding": True}
@@ -97,7 +70,9 @@ class PerceptionGPTProcessor(ProcessorMixin):
         image_seq_length: int = 576,
         mask_size: int = 192,
         mask_image_size: int | None = None,
+        signals: list[str] | tuple[str, ...] = FIRST_SIGNALS,
     ):
+        self.signals = choose_signals(signals)
         self.image_seq_length = image_seq_length
         self.mask_size = mask_size
         self.mask_image_size = mask_image_size
@@ -107,8 +82,14 @@ class PerceptionGPTProcessor(ProcessorMixin):
         if None in ids or tokenizer.unk_token_id in ids:
             raise ValueError(f"The tokenizer does not know all of {tokens}; call `add_perception_tokens` on it first.")
         self.image_token_id, self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id = ids
-        chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        default = template.get("default") if isinstance(template, dict) else template
+        if not chat_template and default:
+            problem = chat_form(default, tokenizer).problem
+            if problem:
+                logger.warning(f"PerceptionGPT's own chat template is used in place of the tokenizer's: {problem}.")
+                template = CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config) -> "PerceptionGPTProcessor":
@@ -125,13 +106,15 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         tokenizer = AutoTokenizer.from_pretrained(text, padding_side="left")
         add_perception_tokens(tokenizer)
+        if tokenizer.chat_template is None:  # checkpoints such as LLaVA's may keep it in a file of the processor
+            tokenizer.chat_template = cls.get_processor_dict(text)[0].get("chat_template")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or RESERVED_TOKENS[-1]
         try:
             normalization, _ = ImageProcessingMixin.get_image_processor_dict(vision)
         except OSError:
             normalization = {}
-        side = config.vision_config.image_size
+        side = config.image_size
         image_processor = LlavaImageProcessorPil(
             do_pad=True,
             do_center_crop=False,
@@ -143,14 +126,22 @@ class PerceptionGPTProcessor(ProcessorMixin):
             image_processor,
             tokenizer,
             image_seq_length=config.image_seq_length,
-            mask_size=config.mask_config.size,
+            mask_size=config.mask_config.size if config.mask_config else 0,
             mask_image_size=config.mask_image_size,
+            signals=config.signals,
         )
 
     @property
     def model_input_names(self) -> list[str]:
         finer = ["mask_pixel_values"] if self.mask_image_size else []
-        return [*super().model_input_names, *finer, *SIGNAL_NAMES]
+        signals = [SIGNALS[name] for name in self.signals]
+        return [
+            *super().model_input_names,
+            *finer,
+            *(signal.plural for signal in signals),
+            *(signal.valid_name for signal in signals),
+            *(signal.read_name for signal in signals),
+        ]
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -160,33 +151,46 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def __call__(
-        self, images=None, text=None, boxes=None, masks=None, signal_image_index=None, **kwargs
+        self,
+        images=None,
+        text=None,
+        boxes=None,
+        masks=None,
+        points=None,
+        signal_image_index=None,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> PerceptionBatch:
         """
         Args:
-            images: the pictures, a list per text or all in reading order: PIL images, arrays, paths or URLs.
-            text (`str` or `list[str]`): with one `<image>` where each picture and one `<vis>` where each signal stands.
-            boxes (`list[list]`, *optional*): per text one entry per `<vis>`: xyxy in pixels of its original picture,
+            images: the images, a list per text or all in reading order: PIL images, arrays, paths, URLs or base64
+                strings; an array or tensor with four dimensions is a batch of them.
+            text (`str` or `list[str]`): with one `<image>` where each image and one `<vis>` where each signal stands.
+            boxes (`list[list]`, *optional*): per text one entry per `<vis>`: xyxy in pixels of its original image,
                 `"tight"` for the tight box of its mask, or `None` where it carries no box.
             masks (`list[list]`, *optional*): likewise: whatever [`decode_mask`] reads, or `None`.
-            signal_image_index (`list[list[int | None]]`, *optional*): per `<vis>` the index of its picture in its row;
+            points (`list[list]`, *optional*): likewise: xy in pixels of its original image, or `None`.
+            signal_image_index (`list[list[int | None]]`, *optional*): per `<vis>` the index of its image in its row;
                 by default the last one before it.
             kwargs: for the image processor and the tokenizer, such as `return_tensors="pt"`.
 
         Returns:
             [`PerceptionBatch`]: `input_ids`, `attention_mask`, `pixel_values` and `mask_pixel_values` where they
-            apply; always `boxes` `(B, K, 4)` float32 xyxy in 0..1 of the padded square, `masks` `(B, K, M, M)` uint8
-            on that square, `boxes_valid`, `masks_valid`, `boxes_read`, `masks_read` `(B, K)` bool; and
-            `signal_image_index` `(B, K)` if it was given.
+            apply; always, of the checkpoint's signals, `boxes` `(B, K, 4)` float32 xyxy in 0..1 of the padded square,
+            `masks` `(B, K, M, M)` uint8 on that square, `points` `(B, K, 2)` float32 xy in 0..1 of it, and `(B, K)`
+            bool `boxes_valid`, `boxes_read` and so on; and `signal_image_index` `(B, K)` if it was given.
 
         Raises:
-            ValueError: naming the sample, whatever is wrong with a picture, a box or a mask, or their number.
+            ValueError: naming the sample, whatever is wrong with an image or a signal, or their number.
         """
+        given = {"boxes": boxes, "masks": masks, "points": points, **take_signal_inputs(kwargs)}
         if text is None:
-            raise ValueError("The processor needs `text`; for pictures alone call `processor.image_processor`.")
-        texts = [text] if isinstance(text, str) else list(text)
+            raise ValueError("The processor needs `text`; for images alone call `processor.image_processor`.")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(one_text, str) for one_text in texts):
+            raise ValueError(f"`text` is {text!r:.80}; expected a string or a list of strings")
+        texts = list(texts)
         image_rows = self._load_images(images, texts)
-        signals = self._signals(texts, image_rows, boxes, masks, signal_image_index)
+        signals = self._signals(texts, image_rows, given, signal_image_index)
         flat_images = [image for row in image_rows for image in row] or None
         data = super().__call__(images=flat_images, text=texts, **kwargs).data
         for sample, (ids, one_text) in enumerate(zip(data["input_ids"], texts, strict=True)):
@@ -203,7 +207,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
         )
 
     def _load_images(self, images, texts: list[str]) -> list[list[Image.Image]]:
-        """The pictures of each text, upright and RGB."""
+        """The images of each text, upright and RGB."""
+        images = _split_batches(images)
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if images is None:
             rows = [[] for _ in texts]
@@ -246,54 +251,54 @@ class PerceptionGPTProcessor(ProcessorMixin):
             )
         return image
 
-    def _signals(self, texts, image_rows, boxes, masks, signal_image_index) -> dict[str, np.ndarray]:
-        """The six signal tensors, and `signal_image_index` if it was given, as arrays."""
+    def _signals(self, texts, image_rows, given: dict, signal_image_index) -> dict[str, np.ndarray]:
+        """The tensors of the checkpoint's signals, and `signal_image_index` if it was given, as arrays."""
         counts = [text.count(VIS_TOKEN) for text in texts]
-        columns = {"boxes": boxes, "masks": masks, "signal_image_index": signal_image_index}
+        for signal in SIGNALS.values():
+            for sample, row in enumerate(given.get(signal.plural) or []):
+                if any(value is not None for value in row):
+                    refuse_signal(signal.name, self.signals, f"sample {sample}: ")
+        signals = [SIGNALS[name] for name in self.signals]
+        columns = {signal.name: given.get(signal.plural) for signal in signals}
+        columns["image"] = signal_image_index
         for name, rows in columns.items():
+            keyword = SIGNALS[name].plural if name in SIGNALS else "signal_image_index"
             if rows is None:
                 columns[name] = rows = [[None] * count for count in counts]
             if len(rows) != len(texts):
-                raise ValueError(f"`{name}` holds {len(rows)} lists for {len(texts)} texts; expected one per text")
+                raise ValueError(f"`{keyword}` holds {len(rows)} lists for {len(texts)} texts; expected one per text")
             for sample, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if len(row) != count:
-                    raise ValueError(f"sample {sample}: {len(row)} {name} for {count} {VIS_TOKEN} in the text")
-        shape, size = (len(texts), max(counts, default=0)), self.mask_size
-        signals = {
-            "boxes": np.zeros((*shape, 4), dtype=np.float32),
-            "masks": np.zeros((*shape, size, size), dtype=np.uint8),
-            "boxes_valid": np.zeros(shape, dtype=bool),
-            "masks_valid": np.zeros(shape, dtype=bool),
-        }
+                    raise ValueError(f"sample {sample}: {len(row)} {keyword} for {count} {VIS_TOKEN} in the text")
+        shape = (len(texts), max(counts, default=0))
+        values = {signal.name: signal.empty(*shape, self.mask_size) for signal in signals}
+        valid = {signal.name: np.zeros(shape, dtype=bool) for signal in signals}
         indices = np.zeros(shape, dtype=np.int64)
         for sample, text in enumerate(texts):
             images = image_rows[sample]
             markers = re.findall(f"{IMAGE_TOKEN}|{VIS_TOKEN}", text)
             before = [markers[:at].count(IMAGE_TOKEN) - 1 for at, token in enumerate(markers) if token == VIS_TOKEN]
             for slot, last in enumerate(before):
-                box, mask, index = (columns[name][sample][slot] for name in columns)
+                item = {name: rows[sample][slot] for name, rows in columns.items()}
+                index = last if item["image"] is None else item["image"]
                 try:
-                    height, width = self._size_of_slot(images, last if index is None else index)
-                    if box is None and mask is None:
-                        raise ValueError("carries neither a box nor a mask; expected at least one")
-                    if mask is not None:
-                        mask = decode_mask(mask, height, width)
-                        signals["masks"][sample, slot] = mask_to_square(mask, size)
-                        signals["masks_valid"][sample, slot] = True
-                    if isinstance(box, str) and box == TIGHT and mask is not None:
-                        box = tight_box(mask)
-                    if box is not None:
-                        box = clip_box(box, height, width)
-                        signals["boxes"][sample, slot] = boxes_to_square(box, height, width)
-                        signals["boxes_valid"][sample, slot] = True
+                    height, width = self._size_of_slot(images, index)
+                    if all(item[signal.name] is None for signal in signals):
+                        raise ValueError(f"carries no signal; expected at least one of {', '.join(self.signals)}")
+                    for signal in signals:
+                        value = signal.complete(item[signal.name], item, height, width)
+                        if value is not None:
+                            values[signal.name][sample, slot] = signal.parse(value, height, width, self.mask_size)
+                            valid[signal.name][sample, slot] = True
                 except ValueError as error:
                     raise ValueError(f"sample {sample}, {VIS_TOKEN} {slot}: {error}") from error
-                indices[sample, slot] = last if index is None else index
-        signals["boxes_read"] = signals["boxes_valid"].copy()
-        signals["masks_read"] = signals["masks_valid"].copy()
-        if any(index is not None for row in columns["signal_image_index"] for index in row):
-            signals["signal_image_index"] = indices
-        return signals
+                indices[sample, slot] = index
+        tensors = {signal.plural: values[signal.name] for signal in signals}
+        tensors |= {signal.valid_name: valid[signal.name] for signal in signals}
+        tensors |= {signal.read_name: valid[signal.name].copy() for signal in signals}
+        if any(index is not None for row in columns["image"] for index in row):
+            tensors["signal_image_index"] = indices
+        return tensors
 
     @staticmethod
     def _size_of_slot(images: list[Image.Image], index: int) -> tuple[int, int]:
@@ -321,11 +326,13 @@ class PerceptionGPTProcessor(ProcessorMixin):
         As in the library, with signals in the content.
 
         Contents are strings or lists of `{"type": "image", "image": ..}`, `{"type": "text", "text": ..}`,
-        `{"type": "box", "box": [x0, y0, x1, y1]}`, `{"type": "mask", "mask": ..}` and
-        `{"type": "region", "box": .., "mask": ..}`, in every role. A signal belongs to the last image before it unless
-        it says `"image": n`. In the assistant's turns a mask without a box gets its tight box. Lists are joined to
-        one string, with nothing in between, before the template sees them. Where a template knows
-        `enable_thinking`, it is off unless asked for.
+        `{"type": "box", "box": [x0, y0, x1, y1]}`, `{"type": "mask", "mask": ..}`, `{"type": "point", "point": [x, y]}`
+        and `{"type": "region", ..}` with any of `box`, `mask` and `point` in one `<vis>`, in every role. A signal
+        belongs to the last image before it unless it says `"image": n`. In the assistant's turns a mask without a box
+        gets its tight box. Lists are joined to one string, with nothing in between, before the template sees them; a
+        template that reads lists only, such as LLaVA's, gets that string as a text item, after one item for each image
+        that opens the message. Where a template writes nothing after an answer, the answer ends with the tokenizer's
+        end token. Where a template knows `enable_thinking`, it is off unless asked for.
 
         Returns:
             What [`__call__`] does, and with `return_assistant_tokens_mask=True` also `assistant_masks` `(B, L)`: 1 on
@@ -337,14 +344,19 @@ class PerceptionGPTProcessor(ProcessorMixin):
         """
         if kwargs.get("sanitize_control_tokens"):
             raise ValueError(f"`sanitize_control_tokens` would take {IMAGE_TOKEN} and {VIS_TOKEN} out of their places.")
-        template = self._resolve_chat_template(chat_template)
+        template = self._chosen_template(chat_template)
         if "enable_thinking" in template:
             kwargs.setdefault("enable_thinking", False)
         if len(conversation) == 0:
             raise ValueError("The conversation is empty; expected at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
-        rows = [_flatten(sample, messages) for sample, messages in enumerate(conversations)]
-        texts = [messages for messages, _, _ in rows]
+        rows = [_flatten(sample, messages, self.signals) for sample, messages in enumerate(conversations)]
+        form = chat_form(template, self.tokenizer)
+        if form.problem:
+            logger.warning_once(f"The chat template is not fit for conversations about images: {form.problem}.")
+        end = None if form.ends_answers else self.tokenizer.eos_token
+        is_open = bool(kwargs.get("continue_final_message"))
+        texts = [shape_contents(end_answers(messages, end, is_open), form.content) for messages, _, _ in rows]
         if not tokenize:
             kwargs["add_generation_prompt"] = add_generation_prompt
             prompts = super().apply_chat_template(texts, template, **kwargs)
@@ -352,11 +364,11 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
         processor_kwargs = dict(processor_kwargs or {})
         processor_kwargs.setdefault("images", [images for _, images, _ in rows])
-        for name, argument in (("box", "boxes"), ("mask", "masks"), ("image", "signal_image_index")):
+        for name in (*self.signals, "image"):
+            argument = SIGNALS[name].plural if name in SIGNALS else "signal_image_index"
             processor_kwargs[argument] = [[slot[name] for slot in slots] for _, _, slots in rows]
         wants_mask = return_assistant_tokens_mask and return_dict
-        marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        if wants_mask and not marks_answers:
+        if wants_mask and not form.marks_answers:
             processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         output = super().apply_chat_template(
             texts,
@@ -364,13 +376,13 @@ class PerceptionGPTProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=return_dict,
-            return_assistant_tokens_mask=wants_mask and marks_answers,
+            return_assistant_tokens_mask=wants_mask and form.marks_answers,
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
         if not wants_mask:
             return output
-        if not marks_answers:
+        if not form.marks_answers:
             kwargs.pop("return_tensors", None)
 
             def render(messages: list[dict], prompts_answer: bool) -> str:
@@ -379,7 +391,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
                 )
                 return rendered[0]
 
-            spans = [_answer_spans(sample, messages, render) for sample, messages in enumerate(texts)]
+            spans = [answer_spans(sample, messages, render, end) for sample, messages in enumerate(texts)]
             output = self._adjust_assistant_masks_indices(output, spans)
             output.convert_to_tensors(_tensor_type(output["input_ids"]))
         for sample, (messages, mask) in enumerate(zip(texts, output["assistant_masks"], strict=True)):
@@ -389,6 +401,14 @@ class PerceptionGPTProcessor(ProcessorMixin):
                     "truncation does"
                 )
         return output
+
+    def _chosen_template(self, name_or_template: str | None) -> str:
+        """The text of a template: the processor's default, one that it keeps under a name, or the one that is given."""
+        kept = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = kept.get(name_or_template or "default", name_or_template)
+        if template is None:
+            raise ValueError(f"None of the chat templates {sorted(kept)} is named 'default': pass `chat_template`.")
+        return template
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
         # The library walks over the offsets one by one, which takes ten times as long over a tensor.
@@ -402,8 +422,9 @@ class PerceptionGPTProcessor(ProcessorMixin):
         What `generate(..., return_dict_in_generate=True)` returned, as text and objects in pixels.
 
         Args:
-            output (`ModelOutput`): `sequences` `(S, L)`, `boxes` `(S, K, 4)`, `mask_logits` `(S, K, h, w)`,
-                `object_scores`, `object_mask_scores`, `object_valid`, `positions` `(S, K)`, `prompt_length`.
+            output (`ModelOutput`): `sequences` `(S, L)`, `object_valid`, `positions` `(S, K)`, `prompt_length`, and of
+                each signal values and scores: `boxes` `(S, K, 4)`, `mask_logits` `(S, K, h, w)`, `points` `(S, K, 2)`,
+                `object_scores`, `object_mask_scores`, `object_point_scores` `(S, K)`.
             target_sizes (*optional*): per sequence the (height, width) of its original picture, or a list of them
                 where it has several: what the model emits belongs to the last. Without it boxes are xyxy in 0..1
                 of the padded square and masks are grids over that square.
@@ -414,13 +435,20 @@ class PerceptionGPTProcessor(ProcessorMixin):
             `list[dict]`, one per sequence:
             - **text** (`str`) -- the answer alone, without special tokens.
             - **objects** (`list[dict]`) -- `phrase` and `span`, its (start, end) in `text` (`None` for a bare
-              `<vis>`), `box` as four floats, `score`, `mask_score`, `mask`, and `image`, the index of its picture.
+              `<vis>`), `box` as four floats and `score`, `mask` and `mask_score`, `point` as two floats and
+              `point_score`, and `image`, the index of its image.
             - **boxes** `(N, 4)` float32, **masks** `(N, H, W)` bool (a list in other formats, `None` without),
-              **scores** `(N,)`, **text_labels** and **labels**, both the phrases.
+              **points** `(N, 2)` float32, **scores** `(N,)` of the boxes, **text_labels** and **labels**, both the
+              phrases.
+
+            A checkpoint without a signal has none of its entries.
         """
         if mask_format not in MASK_FORMATS:
             raise ValueError(f"`mask_format` is {mask_format!r}; expected one of {MASK_FORMATS}")
         values = output if isinstance(output, Mapping) else vars(output)
+        signals = [SIGNALS[name] for name in self.signals]
+        signals = [signal for signal in signals if values.get(signal.result_names[0]) is not None]
+        first, *others = signals
         sequences = values["sequences"]
         if target_sizes is None:
             target_sizes = [None] * len(sequences)
@@ -434,28 +462,27 @@ class PerceptionGPTProcessor(ProcessorMixin):
             sizes = np.asarray([] if target_sizes[row] is None else target_sizes[row], dtype=np.int64).reshape(-1, 2)
             size = tuple(sizes[-1].tolist()) if len(sizes) else None
             image = max(ids.count(self.image_token_id) // self.image_seq_length, len(sizes), 1) - 1
-            scores = values["object_scores"][row].float()
-            keep = values["object_valid"][row].bool() & ~(scores < threshold)
-            boxes = values["boxes"][row][keep].float().cpu()
-            boxes = boxes if size is None else boxes_from_square(boxes, *size)
-            masks = _masks(values["mask_logits"][row][keep], size, mask_format)
+            scores = {signal.name: values[signal.result_names[1]][row].float() for signal in signals}
+            keep = values["object_valid"][row].bool() & ~(scores[first.name] < threshold)
+            presented = {
+                signal.name: signal.present(values[signal.result_names[0]][row][keep], size, mask_format)
+                for signal in signals
+            }
             spans = [phrases.get(position) for position in values["positions"][row][keep].tolist()]
             labels = [text[slice(*span)] if span else None for span in spans]
             columns = {
                 "phrase": labels,
                 "span": spans,
-                "box": boxes.tolist(),
-                "score": scores[keep].tolist(),
-                "mask_score": values["object_mask_scores"][row][keep].float().tolist(),
-                "mask": [None] * len(labels) if masks is None else masks,
+                first.name: presented[first.name][1],
+                **{signal.score_name: scores[signal.name][keep].tolist() for signal in signals},
+                **{signal.name: presented[signal.name][1] for signal in others},
                 "image": [image] * len(labels),
             }
             result = {
                 "text": text,
                 "objects": [dict(zip(columns, found, strict=True)) for found in zip(*columns.values(), strict=True)],
-                "boxes": boxes,
-                "masks": masks,
-                "scores": scores[keep].cpu(),
+                **{signal.plural: presented[signal.name][0] for signal in signals},
+                "scores": scores[first.name][keep].cpu(),
                 "text_labels": labels,
                 "labels": list(labels),
             }
@@ -494,12 +521,25 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return text.rstrip(), phrases
 
 
+def _split_batches(images):
+    """`images` with the images of each 4-D array or tensor in place of it."""
+    if not isinstance(images, (list, tuple)):
+        return list(images) if getattr(images, "ndim", 0) == 4 else images
+    split = []
+    for image in images:
+        if getattr(image, "ndim", 0) == 4:
+            split.extend(image)
+        else:
+            split.append(_split_batches(image))
+    return split
+
+
 def _tensor_type(values) -> str | None:
     return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
 
 
-def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[dict]]:
-    """One conversation with contents as strings, its pictures, and the `box`, `mask` and `image` of each `<vis>`."""
+def _flatten(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:
+    """One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image."""
     flat_messages, images, slots = [], [], []
     for turn, message in enumerate(messages):
         content = message.get("content", "")
@@ -519,69 +559,28 @@ def _flatten(sample: int, messages: list[dict]) -> tuple[list[dict], list, list[
                         )
                 pieces.append(text)
             elif kind == "image":
-                images += [item[key] for key in ("image", "url", "path") if item.get(key) is not None][:1]
+                images += [item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None][:1]
                 pieces.append(IMAGE_TOKEN)
-            elif kind in SIGNAL_TYPES:
-                needed = ("box", "mask") if kind == "region" else (kind,)
-                for key in needed:
-                    if item.get(key) is None:
-                        raise ValueError(f"{name}: content item of type {kind!r} has no {key!r}")
-                slot = {key: item.get(key) for key in ("box", "mask", "image")}
-                if message["role"] == "assistant" and slot["box"] is None:
-                    slot["box"] = TIGHT
+            elif kind in SIGNALS or kind == "region":
+                for key in SIGNALS:
+                    if kind == key or item.get(key) is not None:
+                        refuse_signal(key, signals, f"{name}: ")
+                slot = {key: item.get(key) for key in (*signals, "image")}
+                if kind in SIGNALS and slot[kind] is None:
+                    raise ValueError(f"{name}: content item of type {kind!r} has no {kind!r}")
+                if all(slot[key] is None for key in signals):
+                    raise ValueError(f"{name}: content item of type {kind!r} has none of {', '.join(signals)}")
+                if message["role"] == "assistant":
+                    slot |= {key: SIGNALS[key].default_target(item) for key in signals if slot[key] is None}
                 slots.append(slot)
                 pieces.append(VIS_TOKEN)
             else:
                 raise ValueError(
                     f"{name}: content item {str(item)[:80]} has the type {kind!r}; expected one of "
-                    f"{('image', 'text', *SIGNAL_TYPES)}"
+                    f"{('image', 'text', *SIGNALS, 'region')}"
                 )
         flat_messages.append({**message, "content": "".join(pieces)})
     return flat_messages, images, slots
-
-
-def _answer_spans(sample: int, messages: list[dict], render) -> list[tuple[int, int]]:
-    """
-    Where the assistant's turns stand in a rendered conversation: turn i is what `messages[: i + 1]` renders to after
-    what `messages[:i]` and the generation prompt render to.
-    """
-    full, spans = render(messages, False), []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, prompt, answered = (
-            render(messages[:turn], False),
-            render(messages[:turn], True),
-            render(messages[: turn + 1], False),
-        )
-        if not answered.startswith(prompt):
-            raise ValueError(
-                f"sample {sample}, turn {turn}: the chat template renders the answer other than after its generation "
-                f"prompt, {prompt[-60:]!r} is not how {answered[len(before) :][:80]!r} starts; mark the answers with "
-                "generation tags"
-            )
-        answer = answered[len(prompt) :]
-        # Templates such as Qwen3's write an earlier answer without what its generation prompt said of thinking.
-        start = len(prompt) if full.startswith(prompt + answer) else full.find(answer, len(before))
-        if not full.startswith(before) or start < 0:
-            raise ValueError(f"sample {sample}, turn {turn}: the chat template rewrites this turn when others follow")
-        spans.append((start, start + len(answer)))
-    return spans
-
-
-def _masks(mask_logits: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None):
-    """`(N, h, w)` logits over the padded square as masks of a (height, width) picture, or of the square."""
-    if mask_format is None:
-        return None
-    if size is None:
-        masks = mask_logits > 0
-    else:  # one at a time: the logits at the size of a photo take far more memory than the masks
-        masks = [sample_mask_logits(logits[None], *size) > 0 for logits in mask_logits]
-        masks = torch.cat(masks) if masks else torch.zeros((0, *size), dtype=torch.bool)
-    masks = masks.cpu()
-    if mask_format == "bool":
-        return masks
-    return [encode_rle(mask) if mask_format == "rle" else mask_to_polygons(mask) for mask in masks.numpy()]
 
 
 PerceptionGPTProcessor.register_for_auto_class("AutoProcessor")

@@ -5,73 +5,57 @@ Boxes are `(x0, y0, x1, y1)` in 0..1 of the padded square, float32 from file to 
 into bins of 2.5 pixels at 640 pixels.
 """
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import strict
+
+from .geometry_perceptiongpt import boxes_from_square, boxes_to_square, clip_box, decode_mask, tight_box
+from .signal_perceptiongpt import CoordinateEncoder, Signal, StateMLP
 
 
 # Smallest side a predicted box can have, as a share of the square: keeps x0 < x1 in float32.
 SMALLEST_SIDE = 1e-4
+# In place of a box: the tight box of the mask beside it.
+TIGHT = "tight"
+# Jitter beyond so many standard deviations is cut off.
+LARGEST_JITTER = 3
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the dtype its weights were cast to."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(hidden_states.float(), self.weight.float(), bias)
-
-
-class SignalEmbeddingNorm(nn.Module):
-    """
-    Scales a signal's embedding to the length that the language model's own token embeddings have.
+@strict
+class PerceptionGPTBoxConfig(PreTrainedConfig):
+    r"""
+    Sizes and loss weights of the box signal.
 
     Args:
-        hidden_size (`int`): width of the language model.
-        root_mean_square (`float`): root mean square of the entries of a token embedding.
+        hidden_size (`int`, defaults to 1024): width of the two hidden layers of the box encoder and decoder.
+        l1_weight (`float`, defaults to 5.0): weight of the L1 term, summed over the four coordinates.
+        giou_weight (`float`, defaults to 2.0): weight of the GIoU term.
+        iou_weight (`float`, defaults to 1.0): weight of the squared error of the predicted IoU.
     """
 
-    def __init__(self, hidden_size: int, root_mean_square: float):
-        super().__init__()
-        self.initial_value = root_mean_square
-        self.weight = nn.Parameter(torch.full((hidden_size,), root_mean_square))
+    model_type = "perceptiongpt_box"
+    base_config_key = "box_config"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), eps=1e-6)
-
-
-def normalize_states(states: torch.Tensor) -> torch.Tensor:
-    """Hidden states `(..., hidden)` of any finite size in float32, with mean 0 and variance 1."""
-    # Their squares stay finite, and with them whatever is decoded.
-    states = states.float().clamp(-1e15, 1e15)
-    return F.layer_norm(states, states.shape[-1:])
+    hidden_size: int = 1024
+    l1_weight: float | int = 5.0
+    giou_weight: float | int = 2.0
+    iou_weight: float | int = 1.0
 
 
-class BoxEncoder(nn.Module):
-    """Three-layer MLP from a box to the embedding of its `<vis>` (paper, section 3.1)."""
+class BoxEncoder(CoordinateEncoder):
+    """Three-layer MLP from a box `(..., 4)` to the embedding of its `<vis>` (paper, section 3.1)."""
 
-    def __init__(self, config, text_hidden_size: int, embedding_rms: float):
-        super().__init__()
-        self.linear_1 = Float32Linear(4, config.hidden_size)
-        self.linear_2 = Float32Linear(config.hidden_size, config.hidden_size)
-        self.linear_3 = Float32Linear(config.hidden_size, text_hidden_size)
-        self.norm = SignalEmbeddingNorm(text_hidden_size, embedding_rms)
-
-    def forward(self, boxes: torch.Tensor) -> torch.Tensor:
-        """`boxes` of shape `(..., 4)` to float32 embeddings of shape `(..., text_hidden_size)`."""
-        hidden_states = F.gelu(self.linear_1(boxes.float() * 2 - 1))
-        hidden_states = F.gelu(self.linear_2(hidden_states))
-        return self.norm(self.linear_3(hidden_states))
+    def __init__(self, config: PerceptionGPTBoxConfig, text_hidden_size: int, embedding_rms: float):
+        super().__init__(4, config.hidden_size, text_hidden_size, embedding_rms)
 
 
-class BoxDecoder(nn.Module):
+class BoxDecoder(StateMLP):
     """Three-layer MLP from the hidden state that predicts a `<vis>` to a box and the IoU it expects to have."""
 
-    def __init__(self, config, text_hidden_size: int):
-        super().__init__()
-        self.linear_1 = Float32Linear(text_hidden_size, config.hidden_size)
-        self.linear_2 = Float32Linear(config.hidden_size, config.hidden_size)
-        self.linear_3 = Float32Linear(config.hidden_size, 5)
+    def __init__(self, config: PerceptionGPTBoxConfig, text_hidden_size: int):
+        super().__init__(text_hidden_size, config.hidden_size, 5)
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -81,9 +65,7 @@ class BoxDecoder(nn.Module):
         Returns:
             `boxes` of shape `(..., 4)` with 0 <= x0 < x1 <= 1 for any state, and `iou` of shape `(...)` in 0..1.
         """
-        hidden_states = F.gelu(self.linear_1(normalize_states(states)))
-        hidden_states = F.gelu(self.linear_2(hidden_states))
-        outputs = self.linear_3(hidden_states)
+        outputs = super().forward(states)
         # Size first, then where in the room that the size leaves: no clamp, so a box at the border keeps its gradient.
         # The room is sigmoid(-x), not 1 - sigmoid(x), which float32 rounds to 0 for a box that fills the square.
         room = (1 - SMALLEST_SIDE) * (-outputs[..., 0:2]).sigmoid()
@@ -108,46 +90,78 @@ def box_iou_and_giou(boxes: torch.Tensor, other_boxes: torch.Tensor) -> tuple[to
     return iou, iou - (hull_area - union) / hull_area.clamp(min=tiny)
 
 
-class BoxSignal:
-    """The functions that every signal file has; the modules they run are attributes of the model."""
+class BoxSignal(Signal):
+    """Boxes: the signal that every checkpoint has, since it is what is fed back."""
 
-    values_name = "boxes"
+    name = "box"
+    plural = "boxes"
+    config_class = PerceptionGPTBoxConfig
+    prediction_names = ("pred_boxes", "pred_box_iou")
+    result_names = ("boxes", "object_scores")
+    score_name = "score"
+    column = ["float64"]
+    fed_back = True
+    takes_noise = True
+    drawn_as = "box"
 
-    @staticmethod
-    def build_modules(config, embedding_rms: float) -> dict[str, nn.Module]:
-        """The modules of this signal, by the attribute names they get on the model."""
+    def build_modules(self, config, embedding_rms: float) -> dict[str, nn.Module]:
         width = config.text_config.hidden_size
         return {
             "box_encoder": BoxEncoder(config.box_config, width, embedding_rms),
             "box_decoder": BoxDecoder(config.box_config, width),
         }
 
-    @staticmethod
-    def encode(model, values: torch.Tensor) -> torch.Tensor:
-        """Boxes `(N, 4)` to float32 embeddings `(N, hidden)`."""
+    def encode(self, model, values: torch.Tensor) -> torch.Tensor:
+        """Boxes `(N, 4)` to float32 embeddings `(N, hidden_size)`."""
         return model.box_encoder(values)
 
-    @staticmethod
-    def decode(model, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor):
-        """States `(N, hidden)` to boxes `(N, 4)` and predicted IoU `(N,)`; the picture is not needed."""
+    def decode(self, model, states: torch.Tensor, image_features: torch.Tensor, image_index: torch.Tensor):
+        """States `(N, hidden_size)` to boxes `(N, 4)` and predicted IoU `(N,)`; the image is not needed."""
         return model.box_decoder(states)
 
-    @staticmethod
-    def loss(config, predictions: torch.Tensor, predicted_iou: torch.Tensor, targets: torch.Tensor):
+    def loss(self, config, predictions: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor):
         """
         Per box: L1 + GIoU (paper, section 3.2), and the squared error of the predicted IoU; both of shape `(N,)`.
         """
         iou, giou = box_iou_and_giou(predictions, targets.to(predictions))
         l1 = (predictions - targets).abs().sum(-1)
         signal_loss = config.box_config.l1_weight * l1 + config.box_config.giou_weight * (1 - giou)
-        return signal_loss, config.box_config.iou_weight * (predicted_iou - iou.detach()).square()
+        return signal_loss, config.box_config.iou_weight * (quality - iou.detach()).square()
 
-    @staticmethod
-    def pad(config, batch_size: int, slots: int, device) -> torch.Tensor:
-        """Values that say nothing, `(batch_size, slots, 4)`: the whole square, on which no formula divides by 0."""
+    def pad(self, config, batch_size: int, slots: int, device) -> torch.Tensor:
+        """The whole square, `(batch_size, slots, 4)`, on which no formula divides by 0."""
         return torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(batch_size, slots, 4)
 
-    @staticmethod
-    def to_result(values: torch.Tensor, predicted_iou: torch.Tensor, probability: torch.Tensor) -> dict:
-        """What `generate` adds to its output: boxes `(S, K, 4)` and scores, p(`<vis>`) x predicted IoU, `(S, K)`."""
-        return {"boxes": values, "object_scores": probability * predicted_iou}
+    def default_target(self, item: dict):
+        """A target mask without a box gets its tight box."""
+        return TIGHT if item.get("mask") is not None else None
+
+    def complete(self, value, item: dict, height: int, width: int):
+        """`"tight"` as the tight box of the item's mask, xyxy pixels."""
+        if isinstance(value, str) and value == TIGHT and item.get("mask") is not None:
+            return tight_box(decode_mask(item["mask"], height, width))
+        return value
+
+    def parse(self, value, height: int, width: int, mask_size: int) -> np.ndarray:
+        """xyxy in pixels to float32 xyxy in 0..1 of the square."""
+        return boxes_to_square(clip_box(value, height, width), height, width).numpy()
+
+    def empty(self, batch_size: int, slots: int, mask_size: int) -> np.ndarray:
+        return np.zeros((batch_size, slots, 4), dtype=np.float32)
+
+    def present(self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None) -> tuple:
+        """Boxes `(N, 4)` in float32 xyxy pixels, and each as four floats."""
+        boxes = values.float().cpu()
+        boxes = boxes if size is None else boxes_from_square(boxes, *size)
+        return boxes, boxes.tolist()
+
+    def check_column(self, value, height: float, width: float) -> tuple[list[float], bool]:
+        clipped = clip_box(value, height, width)
+        return clipped, clipped != [float(number) for number in value]
+
+    def draw_noise(self, values: torch.Tensor, generator, share: float) -> torch.Tensor:
+        """Moves each corner of boxes `(K, 4)` by `share` of the box's side, but never out of the square."""
+        drawn = torch.from_numpy(generator.standard_normal((len(values), 4))).float()
+        jitter = drawn.clamp(-LARGEST_JITTER, LARGEST_JITTER) * share
+        sides = (values[:, 2:] - values[:, :2]).repeat(1, 2)
+        return (values + jitter * sides).clamp(0, 1) - values

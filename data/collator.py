@@ -1,7 +1,8 @@
 """Rows of the schema -> one training batch: labels, what each `<vis>` is read as, jitter, packing, padding.
 
 All randomness is drawn here, per row, from (seed, epoch, content of the row): the same row in the same epoch gets the
-same draw, whatever batch, process or worker it is in. (A row of a stream says its `epoch` itself.)
+same draw, whatever batch, process or worker it is in. (A row of a stream says its `epoch` itself.) The click of a
+`point_to_mask` row is among the draws: anywhere inside its object.
 """
 
 import copy
@@ -15,13 +16,14 @@ from torch.utils.data import Dataset
 
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
+from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
+from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
 IGNORED_LABEL = -100
-READINGS = ("box", "mask", "both")
+CLICK_TASK = "point_to_mask"
 # At inference only boxes are fed back, so an answer is read as its box most of the time.
 READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
-SIGNAL_KEYS = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read", "boxes_noise")
 
 
 class PerceptionCollator:
@@ -32,8 +34,9 @@ class PerceptionCollator:
         config: the model's config; needed for `pack` only, to refuse what packing cannot do.
         seed: of all draws.
         box_jitter: standard deviation of the jitter on an answer's box where it is read, as a share of its side.
-        read_probabilities: how often an answer's `<vis>` that has both is read as `box`, `mask` or `both`. One that has
-            only one is read as that; a prompt's `<vis>` is read as whatever it has.
+        read_probabilities: how often an answer's `<vis>` is read as which signals, `{"box": 0.5, "box+point": 0.5}`;
+            `both` is `box+mask`. Of the signals drawn those count that the `<vis>` has; where it has none of them, and
+            in prompts, it is read as whatever it has.
         pack: at most so many questions of one picture share a row behind their picture, under a block-diagonal mask:
             consecutive rows of the same picture, or the lists that `group_rows_by_image` makes. None: no packing.
         max_length: a longer row is an error (cutting it would cut signals off).
@@ -41,9 +44,10 @@ class PerceptionCollator:
 
     Returns (from a call):
         `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, packed, bool (B, 1, L, L) with `position_ids` (B, L);
-        `pixel_values` (images, 3, S, S); the signals (B, K, ...), see `forward`; `boxes_noise` (B, K, 4) float32, such
-        that boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask
-        is wanted, and `mask_image_index` (images,), their rows in it or -1.
+        `pixel_values` (images, 3, S, S); the signals of the processor (B, K, ...), see `forward`, with K = 0 for values
+        that no row of the batch has, so that their modules need not run; `boxes_noise` (B, K, 4) float32, such that
+        boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask is
+        wanted, and `mask_image_index` (images,), their rows in it or -1.
     """
 
     def __init__(
@@ -57,18 +61,18 @@ class PerceptionCollator:
         max_length: int | None = None,
         cache_rows: int = 0,
     ):
-        read_probabilities = READ_PROBABILITIES if read_probabilities is None else read_probabilities
-        weights = [read_probabilities.get(reading, 0.0) for reading in READINGS]
-        if set(read_probabilities) - set(READINGS) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
-            raise ValueError(f"read_probabilities {read_probabilities} do not share 1 among {', '.join(READINGS)}")
+        self.readings, self.weights = parse_readings(
+            READ_PROBABILITIES if read_probabilities is None else read_probabilities
+        )
         if not 0 <= box_jitter <= 0.1:
             raise ValueError(f"box_jitter is a share of a box's side between 0 and 0.1, got {box_jitter}")
         self.processor = processor
+        self.signals = [SIGNALS[name] for name in processor.signals]
         self.image_token_id, self.vis_token_id = processor.tokenizer.convert_tokens_to_ids(["<image>", "<vis>"])
         self.pad_token_id = processor.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = processor.tokenizer.eos_token_id
-        self.seed, self.box_jitter, self.weights = seed, box_jitter, weights
+        self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.max_length, self.cache_rows = pack, max_length, cache_rows
         self.window = None if pack is None else packing_window(config)
         self._cache = OrderedDict()
@@ -92,9 +96,14 @@ class PerceptionCollator:
         return len(ids) + more, pictures[-1] + 1 + more if pictures else 0
 
     def for_evaluation(self) -> "PerceptionCollator":
-        """The same collator without jitter, reading answers as their box wherever there is one, as at inference."""
+        """
+        The same collator without draws: no jitter, clicks as they are stored, and answers read as at inference, by what
+        is fed back, wherever they have it.
+        """
         collator = copy.copy(self)
-        collator.box_jitter, collator.weights = 0.0, [1.0, 0.0, 0.0]
+        fed_back = {signal.name for signal in self.signals if signal.fed_back}
+        collator.box_jitter, collator.readings, collator.weights = 0.0, [fed_back], [1.0]
+        collator.draws_clicks = False
         collator._cache = OrderedDict()
         return collator
 
@@ -112,27 +121,47 @@ class PerceptionCollator:
     def _encode(self, row: dict) -> dict:
         """One row as unpadded tensors (no batch dimension), with its draws."""
         encoded = dict(self._process(row))
-        answer, boxes = encoded["answer"], encoded["boxes"]
-        boxes_valid, masks_valid = encoded["boxes_valid"], encoded["masks_valid"]
-        identity = [row[key] for key in ("source", "image_id", "split", "task", "messages", "boxes", "masks")]
+        answer, valid = encoded["answer"], {signal.name: encoded[signal.valid_name] for signal in self.signals}
+        identity = [row[key] for key in ("source", "image_id", "split", "task", "messages")]
+        for name, signal in SIGNALS.items():
+            # A column without values leaves the draws as they were before there was the column.
+            values = row.get(signal.plural)
+            if name in FIRST_SIGNALS or any(value is not None for value in values or []):
+                identity.append(values)
         generator = stable_generator(self.seed, row.get("epoch", int(self._epoch)), identity)
-        reading = torch.from_numpy(generator.choice(len(READINGS), size=len(boxes), p=self.weights))
-        drop_mask = answer & boxes_valid & (reading == READINGS.index("box"))
-        drop_box = answer & masks_valid & (reading == READINGS.index("mask"))
-        encoded["boxes_read"], encoded["masks_read"] = boxes_valid & ~drop_box, masks_valid & ~drop_mask
 
-        jitter = torch.from_numpy(generator.standard_normal((len(boxes), 4))).float().clamp(-3, 3) * self.box_jitter
-        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        noise = (boxes + jitter * sides).clamp(0, 1) - boxes
-        encoded["boxes_noise"] = noise * (answer & boxes_valid)[:, None]
+        drawn = generator.choice(len(self.readings), size=len(answer), p=self.weights)
+        chosen = {
+            name: valid[name] & torch.tensor([name in self.readings[index] for index in drawn], dtype=torch.bool)
+            for name in valid
+        }
+        is_drawn = answer & torch.stack(list(chosen.values())).any(0)
+        for signal in self.signals:
+            encoded[signal.read_name] = torch.where(is_drawn, chosen[signal.name], valid[signal.name])
+            if signal.takes_noise:
+                noise = signal.draw_noise(encoded[signal.plural], generator, self.box_jitter)
+                stands_in = (answer & valid[signal.name]).reshape(-1, *[1] * (noise.ndim - 1))
+                encoded[signal.noise_name] = noise * stands_in
+        if self.draws_clicks and row["task"] == CLICK_TASK:
+            encoded["points"] = self._draw_click(row, encoded, generator)
         return encoded
+
+    def _draw_click(self, row: dict, encoded: dict, generator) -> torch.Tensor:
+        """The points of a row whose prompt is a click, with the click somewhere else inside the object."""
+        (clicked,) = (~encoded["answer"]).nonzero().flatten().tolist()
+        (asked_for,) = encoded["answer"].nonzero().flatten().tolist()
+        height, width = row["height"], row["width"]
+        click = interior_point(decode_mask(row["masks"][asked_for], height, width), generator)
+        points = encoded["points"].clone()
+        points[clicked] = torch.from_numpy(SIGNALS["point"].parse(click, height, width, self.processor.mask_size))
+        return points
 
     def _process(self, row: dict) -> dict:
         """What does not change from epoch to epoch, kept for the last `cache_rows` rows."""
         if not self.cache_rows:
             return self._process_row(row)
         pictures = [(image.size, zlib.crc32(image.tobytes())) for image in row_images(row)]
-        key = repr((pictures, row["messages"], row["boxes"], row["masks"]))
+        key = repr((pictures, row["messages"], [row.get(signal.plural) for signal in self.signals]))
         if key not in self._cache:
             self._cache[key] = self._process_row(row)
             if len(self._cache) > self.cache_rows:
@@ -148,7 +177,8 @@ class PerceptionCollator:
             return_tensors="pt",
             return_assistant_tokens_mask=True,
         )
-        encoded = {key: batch[key][0] for key in ("input_ids", *SIGNAL_KEYS[:4])}
+        values_and_flags = [name for signal in self.signals for name in (signal.plural, signal.valid_name)]
+        encoded = {key: batch[key][0] for key in ("input_ids", *values_and_flags)}
         ids = encoded["input_ids"]
         supervised = torch.as_tensor(batch["assistant_masks"])[0].bool() & (ids != self.image_token_id)
         if not supervised.any():
@@ -194,7 +224,8 @@ class PerceptionCollator:
                 f"{encoded[0]['name']}: {length} packed tokens exceed the sliding window of {self.window}; "
                 "pack fewer questions"
             )
-        packed = {key: torch.cat([row[key] for row in encoded]) for key in (*SIGNAL_KEYS, "answer", "slot_image")}
+        inputs = [name for signal in self.signals for name in signal.input_names]
+        packed = {key: torch.cat([row[key] for row in encoded]) for key in (*inputs, "answer", "slot_image")}
         for key in ("input_ids", "labels"):
             packed[key] = torch.cat([encoded[0][key][:prefix], *(row[key][prefix:] for row in encoded)])
         for key in ("pixel_values", "mask_pixel_values"):
@@ -211,12 +242,18 @@ class PerceptionCollator:
 
     def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        slots = max(len(row["boxes"]) for row in rows)
+        slots = max(len(row["answer"]) for row in rows)
         batch = {
             "input_ids": _stack([row["input_ids"] for row in rows], length, self.pad_token_id),
             "labels": _stack([row["labels"] for row in rows], length, IGNORED_LABEL),
-            **{key: _stack([row[key] for row in rows], slots, 0) for key in SIGNAL_KEYS},
         }
+        for signal in self.signals:
+            flags = (signal.valid_name, signal.read_name)
+            batch |= {name: _stack([row[name] for row in rows], slots, 0) for name in flags}
+            held = slots if batch[signal.valid_name].any() else 0
+            for name in signal.input_names:
+                if name not in flags:
+                    batch[name] = _stack([row[name][:held] for row in rows], held, 0)
         if self.pack is None:
             ones = [torch.ones_like(row["input_ids"]) for row in rows]
             batch["attention_mask"] = _stack(ones, length, 0)
@@ -233,20 +270,38 @@ class PerceptionCollator:
         self._add_mask_pictures(rows, batch)
         return batch
 
-    @staticmethod
-    def _add_mask_pictures(rows: list[dict], batch: dict) -> None:
-        """Keep the finer pictures of those images only of which a mask is wanted."""
+    def _add_mask_pictures(self, rows: list[dict], batch: dict) -> None:
+        """Keep the finer pixels of those images only of which a mask is wanted."""
         rows = [row for row in rows if "mask_pixel_values" in row]
         if not rows:
             return
         wanted = []
         for row in rows:
-            targets = row["slot_image"][row["answer"] & row["masks_valid"]]
+            of_image = [row[signal.valid_name] for signal in self.signals if signal.reads_image]
+            targets = row["slot_image"][row["answer"] & torch.stack(of_image).any(0)]
             wanted.append(torch.isin(torch.arange(len(row["mask_pixel_values"])), targets))
         wanted = torch.cat(wanted)
         if wanted.any():
             batch["mask_pixel_values"] = torch.cat([row["mask_pixel_values"] for row in rows])[wanted]
             batch["mask_image_index"] = (wanted.cumsum(0) - 1).where(wanted, torch.tensor(-1))
+
+
+def parse_readings(read_probabilities: dict[str, float]) -> tuple[list[set[str]], list[float]]:
+    """Sets of signals that an answer may be read as, and the probability of each.
+
+    Raises:
+        ValueError: unknown signals, or probabilities that do not add up to 1.
+    """
+    # In this order whatever the order given: the draws depend on it.
+    names = [*READ_PROBABILITIES, *(name for name in read_probabilities if name not in READ_PROBABILITIES)]
+    weights = [read_probabilities.get(name, 0.0) for name in names]
+    readings = [{"box", "mask"} if name == "both" else set(name.split("+")) for name in names]
+    if set().union(*readings) - set(SIGNALS) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"read_probabilities {read_probabilities} do not share 1 among {', '.join(SIGNALS)} and sums of them, such "
+            "as box+mask"
+        )
+    return readings, weights
 
 
 def _stack(tensors: list[torch.Tensor], length: int, value) -> torch.Tensor:

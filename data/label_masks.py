@@ -27,8 +27,7 @@ from PIL import Image
 from pyarrow import parquet
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
-from transformers import AutoModelForMaskGeneration
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoModelForMaskGeneration, ImageProcessingMixin
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.collator import picture_key

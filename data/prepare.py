@@ -35,7 +35,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, image_size
-from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_points, validate_row
+from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_slots, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
@@ -453,7 +453,8 @@ def draw_row(row: dict):
         lines.append(f"{'Q' if message['role'] == 'user' else 'A'}: {first}")
     objects = []
     radius = max(image.size) / 100
-    for number, (box, mask, point) in enumerate(zip(row["boxes"], row["masks"], row_points(row), strict=True), 1):
+    for number, slot in enumerate(row_slots(row), 1):
+        box, mask, point = slot.get("box"), slot.get("mask"), slot.get("point")
         if point is not None:
             disc = [point[0] - radius, point[1] - radius, point[0] + radius, point[1] + radius]
             ImageDraw.Draw(image).ellipse(disc, fill="red", outline="white")

@@ -1,4 +1,4 @@
-"""The one row schema: a conversation about its image or images, with a box, a mask or a point per `<vis>`.
+"""The one row schema: a conversation about its image or images, with at least one signal per `<vis>`.
 
 A row is a dictionary with the columns of `row_features`:
 
@@ -23,8 +23,9 @@ import numpy as np
 from datasets import Features, Image, List, Value
 
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.geometry_perceptiongpt import clip_box, clip_point, decode_mask
+from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.images_perceptiongpt import read_image
+from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
 TASKS = (
@@ -66,9 +67,7 @@ def row_features(several_images: bool = False) -> Features:
         {
             "image": List(image) if several_images else image,
             "messages": List({"role": Value("string"), "content": Value("string")}),
-            "boxes": List(List(Value("float64"))),
-            "masks": List({"size": List(Value("int32")), "counts": Value("string")}),
-            "points": List(List(Value("float64"))),
+            **{signal.plural: List(_feature(signal.column)) for signal in SIGNALS.values()},
             "task": Value("string"),
             "source": Value("string"),
             "image_id": Value("string"),
@@ -79,14 +78,39 @@ def row_features(several_images: bool = False) -> Features:
     )
 
 
+def _feature(column):
+    """The type of a signal's column, `Signal.column`, as a feature."""
+    if isinstance(column, str):
+        return Value(column)
+    if isinstance(column, list):
+        return List(_feature(column[0]))
+    return {key: _feature(value) for key, value in column.items()}
+
+
 COLUMNS = tuple(row_features())
-REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column != "points")  # which older rows and files lack
+# Rows and files from before there was a signal lack its column.
+_LATER = {signal.plural for name, signal in SIGNALS.items() if name not in FIRST_SIGNALS}
+REQUIRED_COLUMNS = tuple(column for column in COLUMNS if column not in _LATER)
 
 
-def row_points(row: dict) -> list[list[float] | None]:
-    """The points of a row, one per slot: all None where the row has no such column, or no point in it."""
-    points = row.get("points")
-    return points if points and any(points) else [None] * len(row["boxes"])
+def _given_columns(row: dict) -> dict[str, list]:
+    """The columns of a row by signal, without those of later signals that hold no value at all."""
+    columns = {name: row.get(signal.plural) for name, signal in SIGNALS.items()}
+    return {
+        name: values
+        for name, values in columns.items()
+        if name in FIRST_SIGNALS or any(value is not None for value in values or [])
+    }
+
+
+def row_slots(row: dict) -> list[dict]:
+    """The values of each `<vis>` of a row that are not None, by the signal's name."""
+    columns = _given_columns(row)
+    if len({len(values) for values in columns.values()}) > 1:
+        found = ", ".join(f"{len(values)} {SIGNALS[name].plural}" for name, values in columns.items())
+        raise ValueError(f"{describe_row(row)}: {found}; expected one of each, or None, per {VIS_TOKEN}")
+    slots = (zip(columns, values) for values in zip(*columns.values(), strict=True))
+    return [{name: value for name, value in slot if value is not None} for slot in slots]
 
 
 def row_images(row: dict) -> list:
@@ -98,13 +122,13 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes a `box`, a `mask`, a `point` or a `region` (several of them) item, as its slot says. `<p>..</p>`
-    stays in the text.
+    `<vis>` becomes an item of the signal in its slot, or a `region` item where there are several. `<p>..</p>` stays in
+    the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
     """
-    images, slots = row_images(row), list(zip(row["boxes"], row["masks"], row_points(row), strict=True))
+    images, slots = row_images(row), row_slots(row)
     contents = [message["content"] for message in row["messages"]]
     for token, values in ((IMAGE_TOKEN, images), (VIS_TOKEN, slots)):
         found = sum(content.count(token) for content in contents)
@@ -118,8 +142,7 @@ def row_to_messages(row: dict) -> list[dict]:
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
             elif piece == VIS_TOKEN:
-                values = zip(("box", "mask", "point"), next(slots), strict=True)
-                given = {name: value for name, value in values if value is not None}
+                given = next(slots)
                 items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
             elif piece:
                 items.append({"type": "text", "text": piece})
@@ -143,8 +166,8 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
             be unknown (0 x 0).
 
     Returns:
-        The row with its boxes and points as floats, clipped to the image, and how many of them overhung the image by
-        at most one pixel and were clipped. The column `points` is filled in where it is missing.
+        The row with all columns, its coordinates as floats, clipped to the image; and how many boxes and points
+        overhung the image by at most one pixel and were clipped.
 
     Raises:
         ValueError: naming the row, the value and what was expected.
@@ -163,25 +186,19 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     if not several and not unknown:
         check_size(row["width"], row["height"], name)
 
-    boxes, points, clipped = [], [], 0
-    size = (math.inf, math.inf) if several else (row["height"], row["width"])
-    for slot, (box, mask, point) in enumerate(zip(row["boxes"], row["masks"], row_points(row), strict=True)):
-        with naming(f"{name}, slot {slot}"):
-            if box is None and mask is None and point is None:
-                raise ValueError("has neither a box nor a mask nor a point")
-            if box is not None:
-                inside = clip_box(box, *size)
-                clipped += inside != [float(value) for value in box]
-                box = inside
-            if mask is not None:
-                _validate_mask(mask, None if several else list(size))
-            if point is not None:
-                inside = clip_point(point, *size)
-                clipped += inside != [float(value) for value in point]
-                point = inside
-        boxes.append(box)
-        points.append(point)
-    return {**row, "boxes": boxes, "points": points}, clipped
+    height, width = (math.inf, math.inf) if several else (row["height"], row["width"])
+    columns, clipped = {signal.plural: [] for signal in SIGNALS.values()}, 0
+    for index, slot in enumerate(row_slots(row)):
+        if not slot:
+            raise ValueError(f"{name}: slot {index} has none of {', '.join(SIGNALS)}")
+        for key, signal in SIGNALS.items():
+            value = slot.get(key)
+            if value is not None:
+                with naming(f"{name}, slot {index}"):
+                    value, was_clipped = signal.check_column(value, height, width)
+                clipped += was_clipped
+            columns[signal.plural].append(value)
+    return {**row, **columns}, clipped
 
 
 def check_unicode(text, name: str) -> None:
@@ -228,7 +245,7 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
             f"{name}: the first user turn must open with {len(images)} {IMAGE_TOKEN}, with none elsewhere: {contents}"
         )
     slots = sum(content.count(VIS_TOKEN) for content in contents)
-    counts = {"boxes": len(row["boxes"]), "masks": len(row["masks"]), "points": len(row_points(row))}
+    counts = {SIGNALS[key].plural: len(values) for key, values in _given_columns(row).items()}
     if set(counts.values()) != {slots}:
         listed = ", ".join(f"{count} {column}" for column, count in counts.items())
         raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {listed}; expected as many of each")
@@ -241,12 +258,6 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
         expected = r"There is no .+\." if row["task"] == "no_target" else f"({re.escape(VIS_TOKEN)})+"
         if messages[-1]["role"] != "assistant" or not re.fullmatch(expected, answer):
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
-
-
-def _validate_mask(mask: dict, size: list[int] | None) -> None:
-    if set(mask) != {"size", "counts"} or not isinstance(mask["counts"], str):
-        raise ValueError("mask is not compressed COCO RLE with the keys 'size' and 'counts' (a string)")
-    decode_mask(mask, *(mask["size"] if size is None else size))
 
 
 def decode_rle(mask: dict) -> np.ndarray:

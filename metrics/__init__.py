@@ -8,7 +8,7 @@ NAMES = tuple(sorted(path.parent.name for path in FOLDER.glob("*/*.py") if path.
 
 
 def load(name: str, **kwargs):
-    """The metric `name` of `NAMES`; keywords (`num_process`, `process_id`, `experiment_id`, ...) go to `evaluate.load`.
+    """Load the metric `name` of `NAMES`; keywords (`num_process`, `experiment_id`, ...) go to `evaluate.load`.
 
     Raises:
         ValueError: there is no such metric.

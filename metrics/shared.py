@@ -1,4 +1,4 @@
-"""What the metrics have in common: how rows are stored, how bad ones are counted, overlap of boxes and masks."""
+"""What the metrics share: how rows are stored, how bad predictions are counted, and operations on masks."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import evaluate
-import numpy as np
 from datasets import Features, Value
 from pycocotools import mask as coco_mask
 
@@ -18,14 +17,14 @@ LARGEST_MASK = 2**32 - 1  # pixels: pycocotools counts them in 32 bits
 
 
 class StoredMetric(evaluate.Metric):
-    """A metric over rows that are kept as they were given, missing and malformed ones too, until `compute`.
+    """A metric that stores every row as it was given, even a malformed one, and computes everything in `compute`.
 
-    Each row is stored as JSON text: no schema of columns would hold a malformed prediction, or a number in full. All is
-    computed at the end over all rows, so batches, processes (`num_process`, `process_id`, `experiment_id`, as in every
-    `evaluate` metric) and the order of the rows change nothing.
+    Rows are stored as JSON text, because no fixed schema of columns can hold a malformed prediction. Batch size, number
+    of processes (`num_process`, `process_id`, `experiment_id`, as in every `evaluate` metric) and order of the rows do
+    not change the results.
 
-    A subclass has `description`, `citation`, `inputs` (texts), `optional` (names of columns besides predictions and
-    references that may be left out) and `score`.
+    A subclass defines `description`, `citation` and `inputs` (texts), `optional` (names of columns besides predictions
+    and references that may be left out) and `score`.
     """
 
     description = citation = inputs = ""
@@ -41,13 +40,13 @@ class StoredMetric(evaluate.Metric):
         )
 
     def score(self, predictions: list, references: list, problems: Counter, **columns) -> tuple[dict, list]:
-        """(results over all rows, one dict per row); `problems` counts the bad predictions by reason."""
+        """Return (results over all rows, one dict per row); `problems` counts the bad predictions by reason."""
         raise NotImplementedError
 
     def add_batch(self, *, predictions=None, references=None, **columns):
         """Add rows: lists of equal length."""
         if predictions is None or references is None:
-            raise ValueError("predictions and references are given together")
+            raise ValueError("predictions and references must be given together")
         given = {"predictions": predictions, "references": references, **columns}
         given |= {name: [None] * len(predictions) for name in self.optional if columns.get(name) is None}
         lengths = {name: len(values) for name, values in given.items()}
@@ -79,7 +78,7 @@ class StoredMetric(evaluate.Metric):
 
 
 def to_json(value) -> str:
-    """JSON text of a row; arrays become lists, bytes become text; of what JSON does not know, only the `repr`."""
+    """JSON text of a row: arrays become lists, bytes become text, and anything that JSON cannot hold its `repr`."""
 
     def plain(part):
         if isinstance(part, bytes):
@@ -88,7 +87,7 @@ def to_json(value) -> str:
 
     try:
         return json.dumps(value, default=plain)
-    except TypeError:  # somewhere in it, a key is no text: that part is as malformed as what JSON does not know
+    except TypeError:  # a key is not text: only that part becomes a `repr`
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(to_json, value))}]"
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -97,17 +96,17 @@ def to_json(value) -> str:
 
 
 def share(part: float, whole: float) -> float | None:
-    """`part / whole`; None where there is nothing to have a share of."""
+    """`part / whole`; None if `whole` is 0."""
     return float(part / whole) if whole else None
 
 
 def mean(values) -> float | None:
-    """Mean, summed without rounding errors that depend on the order; None of nothing."""
+    """Mean, summed so that the order does not change the rounding; None of no values."""
     return share(math.fsum(values), len(values))
 
 
 def read_predictions(values: list, parse: Callable, problems: Counter) -> list:
-    """Each value parsed; None for what `parse` refuses with a `ValueError`, whose text is the reason counted."""
+    """Each value parsed; None where `parse` raises a `ValueError`, whose text is counted in `problems`."""
     parsed = []
     for value in values:
         try:
@@ -122,7 +121,7 @@ def read_references(values: list, parse: Callable) -> list:
     """Each value parsed.
 
     Raises:
-        ValueError: a reference is bad; names the row.
+        ValueError: a reference is malformed; the message names its row.
     """
     parsed = []
     for index, value in enumerate(values):
@@ -145,7 +144,7 @@ def parse_box(value) -> list[float]:
 
 
 def parse_text(value) -> str:
-    """A text with more than blanks; `ValueError` with the reason otherwise."""
+    """A text that is not blank; `ValueError` with the reason otherwise."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError("missing")
     if not isinstance(value, str):
@@ -174,9 +173,9 @@ def parse_mask(value) -> dict:
     return mask if isinstance(counts, str) else coco_mask.frPyObjects(mask, *size)
 
 
-@functools.lru_cache(maxsize=10000)  # the expressions of one object have one mask
+@functools.lru_cache(maxsize=10000)  # expressions about the same object share its mask
 def counted_pixels(counts: str) -> int | None:
-    """How many pixels compressed RLE counts speak of; None if they are broken."""
+    """The number of pixels that compressed RLE counts describe; None if they are broken."""
     try:
         runs = rle_runs(counts)
     except ValueError:
@@ -185,7 +184,7 @@ def counted_pixels(counts: str) -> int | None:
 
 
 def parse_list(value, parse: Callable, what: str) -> list:
-    """Each item parsed; a list may be empty. None or anything else is refused."""
+    """Each item of a list, which may be empty, parsed; `ValueError` for anything but a list."""
     if value is None:
         raise ValueError("missing")
     if not isinstance(value, list):
@@ -194,17 +193,8 @@ def parse_list(value, parse: Callable, what: str) -> list:
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite int or float (no bool) that can be squared, as areas are."""
+    """Whether the value is a finite int or float (no bool) whose square, as in areas, is finite."""
     return type(value) in (int, float) and abs(value) < 1e150
-
-
-def box_iou(boxes, others) -> np.ndarray:
-    """IoU of xyxy boxes (..., 4) in continuous coordinates (no + 1), broadcast as numpy does."""
-    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
-    intersection = sides.clip(min=0).prod(axis=-1)
-    areas = [(some[..., 2:] - some[..., :2]).prod(axis=-1) for some in (boxes, others)]
-    return intersection / (areas[0] + areas[1] - intersection)
 
 
 def empty_mask(size: list[int]) -> dict:
@@ -217,13 +207,13 @@ def mask_area(mask: dict | None) -> int:
 
 
 def join_masks(masks: list[dict]) -> dict | None:
-    """Pixels of any of the masks; None of none. `ValueError` if their sizes differ."""
+    """The union of the masks; None of no masks. `ValueError` if their sizes differ."""
     if len({tuple(mask["size"]) for mask in masks}) > 1:
         raise ValueError("masks of different sizes")
     return coco_mask.merge(masks) if masks else None
 
 
 def intersection_union(mask: dict | None, other: dict | None) -> tuple[int, int]:
-    """Pixels in both and in either of two masks of one size; None has no pixels."""
+    """Pixels of the intersection and of the union of two masks of one size; None has no pixels."""
     intersection = mask_area(coco_mask.merge([mask, other], intersect=True)) if mask and other else 0
     return intersection, mask_area(mask) + mask_area(other) - intersection

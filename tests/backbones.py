@@ -12,6 +12,7 @@ TINY_IMAGE_SIZE = 32
 TINY_PATCH_SIZE = 8
 TINY_SIGNALS = {
     "box_config": {"hidden_size": 64},
+    "point_config": {"hidden_size": 64},
     "mask_config": {
         "hidden_size": 32,
         "num_attention_heads": 2,
@@ -43,6 +44,17 @@ VISION_FAMILIES = {
     "siglip_vision": ("SiglipVisionModel", "SiglipImageProcessor"),
     "dinov2": ("Dinov2Model", "BitImageProcessor"),
     "dinov2_registers": ("Dinov2WithRegistersModel", "BitImageProcessor"),
+}
+# Towers whose layers are maps of several sizes, by config class; all read 32-pixel images here.
+PYRAMID_FAMILIES = {
+    "convnextv2": ("ConvNextV2Config", {"hidden_sizes": [8, 12, 16], "depths": [1, 1, 1], "num_stages": 3}),
+    "swin": ("SwinConfig", {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "window_size": 2}),
+    "resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 12, 16], "depths": [1, 1, 1]}),
+    "hiera": (
+        "HieraConfig",
+        {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [1, 1, 2], "num_query_pool": 2, "masked_unit_size": [4, 4]},
+    ),
+    "mobilenet_v2": ("MobileNetV2Config", {"depth_multiplier": 0.25, "finegrained_output": False}),
 }
 TOKENIZER_CORPUS = [
     "What is in the picture? Where is the red cup on the left of the table?",
@@ -101,6 +113,25 @@ def save_tiny_text(family: str, folder: Path, chat_template: str | None = None) 
     return str(folder)
 
 
+def save_tiny_pyramid(family: str, folder: Path) -> str:
+    """Save a random tower of `PYRAMID_FAMILIES` with its image processor; returns the folder."""
+    config_class, sizes = PYRAMID_FAMILIES[family]
+    if family == "hiera":
+        sizes = sizes | {"image_size": [TINY_IMAGE_SIZE, TINY_IMAGE_SIZE]}
+    elif family != "resnet":
+        sizes = sizes | {"image_size": TINY_IMAGE_SIZE}
+    torch.manual_seed(0)
+    tower = transformers.AutoModel.from_config(getattr(transformers, config_class)(**sizes))
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # With the library's N(0, 0.02) and batch norm in eval mode nothing would reach the last maps.
+            torch.nn.init.kaiming_normal_(module.weight)
+    tower.save_pretrained(folder)
+    size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
+    transformers.BitImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    return str(folder)
+
+
 def save_tiny_vision(
     family: str, folder: Path, image_size: int = TINY_IMAGE_SIZE, patch_size: int = TINY_PATCH_SIZE
 ) -> str:
@@ -129,4 +160,50 @@ def save_tiny_vision(
     size = {"height": image_size, "width": image_size}
     kwargs = {"crop_size": size} if processor_name != "SiglipImageProcessor" else {}
     getattr(transformers, processor_name)(size=size, **kwargs).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_llava(folder: Path, chat_template: str) -> str:
+    """Save a random LLaVA checkpoint with its processor, as the Hub's are; returns the folder."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([transformers.AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": TINY_IMAGE_SIZE,
+        "patch_size": TINY_PATCH_SIZE,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer) + 3,  # LLaVA's table is padded, too
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(TINY_IMAGE_SIZE // TINY_PATCH_SIZE) ** 2,
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer,
+        patch_size=TINY_PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    ).save_pretrained(folder)
     return str(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import TINY_SIGNALS, Backbones, save_tiny_text, save_tiny_vision
+from backbones import PYRAMID_FAMILIES, TINY_SIGNALS, Backbones, save_tiny_pyramid, save_tiny_text, save_tiny_vision
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def tiny_backbones(tmp_path_factory) -> Callable[..., Backbones]:
         if not text_folder.exists():
             save_tiny_text(family, text_folder)
         if not vision_folder.exists():
-            save_tiny_vision(vision, vision_folder)
+            (save_tiny_pyramid if vision in PYRAMID_FAMILIES else save_tiny_vision)(vision, vision_folder)
         return Backbones(str(vision_folder), str(text_folder))
 
     return make

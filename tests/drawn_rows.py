@@ -1,5 +1,8 @@
 """Rows of the schema over a few drawn pictures, of every kind that a batch mixes. No test lives here."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
@@ -52,3 +55,26 @@ def drawn_rows(pictures: int = 4, seed: int = 0) -> list[dict]:
                 }
             )
     return rows
+
+
+def drawn_coco_folder(folder: Path) -> Path:
+    """Fill a folder with three drawn images and `instances.json`: three objects of two categories in each."""
+    images, annotations = [], []
+    for index, row in enumerate(drawn_rows(3)[3::5]):
+        row["image"].save(folder / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png", "width": row["width"], "height": row["height"]})
+        for category, (x0, y0, x1, y1) in enumerate(row["boxes"][1:]):
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": index,
+                    "category_id": category % 2,
+                    "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                }
+            )
+    categories = [{"id": index, "name": name} for index, name in enumerate(("bar", "block", "ball"))]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder

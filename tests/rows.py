@@ -62,45 +62,47 @@ def tiny_model(seed: int = 0, **kwargs):
 
 
 def unlike_rows() -> list[dict]:
-    """Five prompts: with a box, a mask, two pictures and both signals, no picture, no target; then the pictures."""
+    """Five prompts: with a box; a mask; two images, all signals and a point; no image; no signal. Then the images."""
     generator = torch.Generator().manual_seed(7)
-    picture = [IMAGE] * GRID_TOKENS
+    image = [IMAGE] * GRID_TOKENS
     square = torch.zeros(MASK_SIZE, MASK_SIZE, dtype=torch.uint8)
     square[4:20, 10:28] = 1
     return [
-        {"ids": [1, 5, *picture, 6, VIS, 7], "images": 1, "boxes": [[0.1, 0.2, 0.5, 0.9]], "masks": [None]},
-        {"ids": [1, *picture, 8, VIS, 9, 10, 11], "images": 1, "boxes": [None], "masks": [square]},
+        {"ids": [1, 5, *image, 6, VIS, 7], "images": 1, "slots": [{"boxes": [0.1, 0.2, 0.5, 0.9]}]},
+        {"ids": [1, *image, 8, VIS, 9, 10, 11], "images": 1, "slots": [{"masks": square}]},
         {
-            "ids": [1, *picture, 5, *picture, 12, VIS, 13, VIS],
+            "ids": [1, *image, 5, *image, 12, VIS, 13, VIS],
             "images": 2,
-            "boxes": [[0.3, 0.3, 0.4, 0.6], None],
-            "masks": [square.flip(0), square.flip(1)],
+            "slots": [
+                {"boxes": [0.3, 0.3, 0.4, 0.6], "masks": square.flip(0), "points": [0.3, 0.5]},
+                {"points": [0.7, 0.2]},
+            ],
         },
-        {"ids": [1, 14, 15, 16], "images": 0, "boxes": [], "masks": []},
-        {"ids": [1, *picture, 17, 18], "images": 1, "boxes": [], "masks": []},
+        {"ids": [1, 14, 15, 16], "images": 0, "slots": []},
+        {"ids": [1, *image, 17, 18], "images": 1, "slots": []},
     ] + [{"pixels": torch.randn(5, 3, TINY_IMAGE_SIZE, TINY_IMAGE_SIZE, generator=generator)}]
 
 
 def collate(rows: list[dict], pixels: torch.Tensor, padding: int = 0) -> dict:
-    """Left-padded model inputs of rows whose pictures are `pixels`, with `padding` tokens more than needed."""
+    """Left-padded model inputs of rows whose images are `pixels`, with `padding` tokens more than needed."""
     length = max(len(row["ids"]) for row in rows) + padding
-    slots = max(len(row["boxes"]) for row in rows)
+    slots = max(len(row["slots"]) for row in rows)
     inputs = {
         "input_ids": torch.zeros(len(rows), length, dtype=torch.long),
         "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
         "boxes": torch.zeros(len(rows), slots, 4),
         "masks": torch.zeros(len(rows), slots, MASK_SIZE, MASK_SIZE, dtype=torch.uint8),
-        "boxes_valid": torch.zeros(len(rows), slots, dtype=torch.bool),
-        "masks_valid": torch.zeros(len(rows), slots, dtype=torch.bool),
+        "points": torch.zeros(len(rows), slots, 2),
     }
+    plurals = ("boxes", "masks", "points")
+    inputs |= {f"{name}_valid": torch.zeros(len(rows), slots, dtype=torch.bool) for name in plurals}
     for index, row in enumerate(rows):
         inputs["input_ids"][index, length - len(row["ids"]) :] = torch.tensor(row["ids"])
         inputs["attention_mask"][index, length - len(row["ids"]) :] = 1
-        for name in ("boxes", "masks"):
-            for slot, value in enumerate(row[name]):
-                if value is not None:
-                    inputs[name][index, slot] = torch.as_tensor(value)
-                    inputs[f"{name}_valid"][index, slot] = True
+        for slot, values in enumerate(row["slots"]):
+            for name, value in values.items():
+                inputs[name][index, slot] = torch.as_tensor(value)
+                inputs[f"{name}_valid"][index, slot] = True
     if len(pixels):
         inputs["pixel_values"] = pixels
     return inputs
@@ -118,7 +120,7 @@ def batch_and_singles(padding: int = 0) -> tuple[dict, list[dict]]:
 
 class ForcedVis(LogitsProcessor):
     """
-    Makes `<vis>` by far the likeliest token at given steps, and impossible elsewhere; never ends a sequence.
+    Makes `<vis>` by far the likeliest token at given steps, and impossible elsewhere; never an end or an `<image>`.
 
     Steps are taken modulo the sequence's own tokens, so rows and beams differ in where they emit one.
     """
@@ -129,7 +131,7 @@ class ForcedVis(LogitsProcessor):
     def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.prompt_length
         scores = scores.clone()
-        scores[:, [2, VIS]] = -1e4
+        scores[:, [2, IMAGE, VIS]] = -1e4
         if step in self.steps:
             scores[:, VIS] = 1e4 if step % 2 else scores.max(-1).values + 0.1
         return scores

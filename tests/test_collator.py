@@ -17,6 +17,12 @@ from perceptiongpt.data.collator import (
     packing_window,
 )
 from perceptiongpt.data.schema import row_features
+from perceptiongpt.geometry_perceptiongpt import decode_mask
+from perceptiongpt.signals_perceptiongpt import SIGNALS
+
+
+# Drawn for the first of `drawn_rows` by the first release: runs go on with the draws that they began with.
+PINNED_NOISE = [0.0004789717495441437, -0.0005439966917037964, 0.0019030645489692688, -0.00018718838691711426]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,14 @@ def rows():
 
 
 def one_row(batch: dict, index: int, slots: int) -> dict:
-    """The signals of one row of a batch, without padding."""
-    names = ("boxes", "masks", "boxes_valid", "masks_valid", "boxes_read", "masks_read", "boxes_noise")
-    return {name: batch[name][index, :slots] for name in names}
+    """The signals of one row of a batch: flags without padding, values that are valid."""
+    found = {}
+    for signal in SIGNALS.values():
+        valid = batch[signal.valid_name][index, :slots]
+        found |= {signal.valid_name: valid, signal.read_name: batch[signal.read_name][index, :slots]}
+        for name in set(signal.input_names) - set(found):
+            found[name] = batch[name][index, :slots][valid] if valid.any() else None
+    return found
 
 
 def test_shapes_and_dtypes(tiny, rows):
@@ -42,8 +53,14 @@ def test_shapes_and_dtypes(tiny, rows):
     assert batch["boxes"].shape == batch["boxes_noise"].shape == (5, 4, 4)
     assert batch["boxes"].dtype == batch["boxes_noise"].dtype == torch.float32
     assert batch["masks"].shape == (5, 4, size, size) and batch["masks"].dtype == torch.uint8
-    for name in ("boxes_valid", "masks_valid", "boxes_read", "masks_read"):
-        assert batch[name].shape == (5, 4) and batch[name].dtype == torch.bool
+    for signal in SIGNALS.values():
+        for name in (signal.valid_name, signal.read_name):
+            assert batch[name].shape == (5, 4) and batch[name].dtype == torch.bool
+    # No row has a point: there are no values, so that nothing is computed from them.
+    assert batch["points"].shape == (5, 0, 2) and not batch["points_valid"].any()
+    boxes_alone = PerceptionCollator(processor)(rows[1:2])
+    assert boxes_alone["boxes"].shape == (1, 1, 4) and boxes_alone["masks"].shape == (1, 0, size, size)
+    assert boxes_alone["masks_valid"].shape == (1, 1)
     assert batch["pixel_values"].shape[0] == 5
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     lengths = batch["attention_mask"].sum(1)
@@ -54,13 +71,14 @@ def test_shapes_and_dtypes(tiny, rows):
 
 @pytest.mark.parametrize("pack", [None, 2])
 def test_a_batch_without_a_signal_can_be_trained_on(make_tiny_model, rows, pack):
-    """Questions, captions and dialogues alone; every signal module still takes part."""
+    """Questions, captions and dialogues alone; no signal module takes part."""
     model, processor = make_tiny_model()
     batch = PerceptionCollator(processor, model.config, pack=pack)(rows[4::5])
     assert batch["boxes"].shape[1] == batch["boxes_noise"].shape[1] == 0
     model.train()(**batch).loss.backward()
-    modules = (model.model.box_encoder, model.model.box_decoder, model.model.mask_encoder, model.model.mask_decoder)
-    assert all(parameter.grad is not None for module in modules for parameter in module.parameters())
+    modules = model.model.signal_modules().values()
+    assert all(parameter.grad is None for module in modules for parameter in module.parameters())
+    assert model.model.language_model.embed_tokens.weight.grad is not None
 
 
 def test_labels_are_the_answers_alone(tiny, rows):
@@ -85,8 +103,9 @@ def test_same_row_and_epoch_draw_the_same_whatever_the_batch(tiny, rows):
     for index, row in enumerate(rows):
         alone = collator([row])
         assert (torch.get_rng_state() == state).all()
+        expected = one_row(alone, 0, len(row["boxes"]))
         for name, value in one_row(together, index, len(row["boxes"])).items():
-            assert torch.equal(value, alone[name][0]), name
+            assert value is expected[name] is None or torch.equal(value, expected[name]), name
     reversed_batch = collator(rows[::-1])
     assert torch.equal(reversed_batch["boxes_noise"].flip(0), together["boxes_noise"])
     copied = pickle.loads(pickle.dumps(collator))
@@ -131,6 +150,67 @@ def test_what_is_read_is_drawn_as_asked(tiny, rows):
     assert not evaluation["boxes_noise"].any() and torch.equal(evaluation["boxes_read"], evaluation["boxes_valid"])
 
 
+def test_points_are_read_as_drawn(tiny, rows):
+    """With a box beside it a point is read only where that is drawn; alone, and in a prompt, always."""
+    _, processor = tiny
+    pointed = [
+        {**rows[0], "points": [[3.0, 4.0]]},
+        {**rows[1], "boxes": [None], "points": [[3.0, 4.0]]},
+        {**rows[3], "boxes": [None, *rows[3]["boxes"][1:]], "points": [[5.0, 6.0], None, [7.0, 8.0], None]},
+    ]
+    default, asked = Counter(), Counter()
+    for counter, probabilities in ((default, None), (asked, {"box": 0.5, "point+mask": 0.25, "point": 0.25})):
+        collator = PerceptionCollator(processor, read_probabilities=probabilities, cache_rows=3)
+        for epoch in range(60):
+            collator.set_epoch(epoch)
+            batch = collator(pointed)
+            flags = [batch[f"{name}_read"] for name in ("boxes", "masks", "points")]
+            assert [flag[1, 0].item() for flag in flags] == [False, False, True]
+            assert [flag[2, 0].item() for flag in flags] == [False, False, True]
+            counter.update(tuple(flag[row, slot].item() for flag in flags) for row, slot in ((0, 0), (2, 2)))
+    assert set(default) == {(True, False, False), (False, True, False), (True, True, False)}
+    shares = {key: count / sum(asked.values()) for key, count in asked.items()}
+    assert shares[True, False, False] == pytest.approx(0.5, abs=0.15)
+    assert shares[False, True, True] == pytest.approx(0.25, abs=0.15)
+    assert set(shares) == {(True, False, False), (False, True, True), (False, False, True)}
+
+
+def test_a_column_without_points_leaves_the_draws_alone(tiny, rows):
+    _, processor = tiny
+    without = [{name: value for name, value in row.items() if name != "points"} for row in rows]
+    with_column, before = PerceptionCollator(processor)(rows), PerceptionCollator(processor)(without)
+    assert all(torch.equal(with_column[name], before[name]) for name in before)
+    assert with_column["boxes_noise"][0, 0].tolist() == pytest.approx(PINNED_NOISE, abs=1e-7)
+
+
+def test_a_click_is_drawn_inside_its_object(tiny, rows):
+    _, processor = tiny
+    row = {
+        **rows[0],
+        "task": "point_to_mask",
+        "messages": [
+            {"role": "user", "content": "<image>What is at <vis>?"},
+            {"role": "assistant", "content": "<vis>"},
+        ],
+        "boxes": [None, *rows[0]["boxes"]],
+        "masks": [None, *rows[0]["masks"]],
+        "points": [[5.5, 6.5], None],
+    }
+    collator, found = PerceptionCollator(processor, cache_rows=1), []
+    inside = decode_mask(row["masks"][1], row["height"], row["width"])
+    stored = SIGNALS["point"].parse([5.5, 6.5], row["height"], row["width"], 0)
+    for epoch in range(12):
+        collator.set_epoch(epoch)
+        batch = collator([row])
+        assert batch["points_read"].tolist() == [[True, False]] and batch["masks_valid"].tolist() == [[False, True]]
+        (x, y), _ = SIGNALS["point"].present(batch["points"][0], (row["height"], row["width"]), None)[1]
+        assert inside[int(y), int(x)]
+        found.append((x, y))
+    assert len(set(found)) > 3
+    assert torch.equal(collator([row])["points"], batch["points"])
+    assert collator.for_evaluation()([row])["points"][0, 0].tolist() == stored.tolist()
+
+
 def test_jitter_keeps_boxes_valid_at_the_border_and_at_any_size(tiny, rows):
     _, processor = tiny
     collator = PerceptionCollator(processor, box_jitter=0.1, cache_rows=0)
@@ -147,8 +227,9 @@ def test_a_row_that_cannot_be_is_an_error(tiny, rows):
     _, processor = tiny
     with pytest.raises(ValueError, match="max_length is 20"):
         PerceptionCollator(processor, max_length=20)(rows[:1])
-    with pytest.raises(ValueError, match="read_probabilities"):
-        PerceptionCollator(processor, read_probabilities={"boxes": 1.0})
+    for wrong in ({"boxes": 1.0}, {"box": 0.5}, {"box+dept": 1.0}, {"box": 1.5, "mask": -0.5}, {}):
+        with pytest.raises(ValueError, match="read_probabilities"):
+            PerceptionCollator(processor, read_probabilities=wrong)
     with pytest.raises(ValueError, match="box_jitter"):
         PerceptionCollator(processor, box_jitter=0.5)
     prompt_only = {**rows[4], "messages": rows[4]["messages"][:1]}

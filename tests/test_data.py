@@ -77,7 +77,7 @@ def test_messages_are_split_into_content_items():
     assert assistant["content"][0]["box"] == row["boxes"][1]
     grounded = changed(row, messages=[{"role": "user", "content": "<image>What?"}])
     grounded["messages"].append({"role": "assistant", "content": "A <p>red cup</p><vis>."})
-    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "task": "grounded_vqa"}
+    grounded |= {"boxes": row["boxes"][:1], "masks": [None], "points": [None], "task": "grounded_vqa"}
     pointed = changed(row, boxes=[None] * 4, points=[[3.5, 4.5], None, [1.0, 2.0], [0.0, 0.0]])
     user, assistant = row_to_messages(pointed)
     assert user["content"][2] == {"type": "point", "point": [3.5, 4.5]}
@@ -87,10 +87,29 @@ def test_messages_are_split_into_content_items():
     assert texts == ["A <p>red cup</p>", None, "."]
     with pytest.raises(ValueError, match="<vis>"):
         row_to_messages(changed(row, boxes=[], masks=[]))
+    pointed = changed(row, points=[[3.0, 4.0], None, [5.0, 6.0], None], boxes=[None, *row["boxes"][1:]])
+    user, assistant = row_to_messages(pointed)
+    assert user["content"][2] == {"type": "point", "point": [3.0, 4.0]}
+    assert assistant["content"][1] == {
+        "type": "region",
+        "box": row["boxes"][2],
+        "mask": row["masks"][2],
+        "point": [5.0, 6.0],
+    }
+
+
+def test_a_row_may_lack_the_column_of_points():
+    row = drawn_rows(1)[3]
+    without = {name: value for name, value in row.items() if name != "points"}
+    assert validate_row(without)[0] == validate_row(row)[0]
+    assert row_to_messages(without) == row_to_messages(row)
 
 
 def test_small_overhang_is_clipped_and_counted():
     row = drawn_rows(1)[0]
+    width = row["width"]
+    fixed, clipped = validate_row(changed(row, points=[[-0.5, 3]], boxes=[[0, 3, width, 9]]))
+    assert clipped == 1 and fixed["points"] == [[0.0, 3.0]]
     width = row["width"]
     fixed, clipped = validate_row(changed(row, boxes=[[-0.5, 3, width + 1.0, 9]]))
     assert clipped == 1 and fixed["boxes"] == [[0.0, 3.0, float(width), 9.0]]
@@ -109,7 +128,7 @@ def test_small_overhang_is_clipped_and_counted():
         ({"boxes": [[0, 0, 10**400, 4]]}, "four numbers"),
         ({"image_id": "\ud83d"}, "not Unicode"),
         ({"image_id": 7}, "not a string"),
-        ({"boxes": [None], "masks": [None]}, "neither a box nor a mask nor a point"),
+        ({"boxes": [None], "masks": [None]}, "slot 0 has none of box, mask, point"),
         ({"boxes": [], "masks": []}, "1 <vis> in the messages"),
         ({"points": [[1, 2], None]}, "1 <vis> in the messages, but 1 boxes, 1 masks, 2 points"),
         ({"points": [[1, 2, 3]]}, "slot 0: .*not two numbers"),

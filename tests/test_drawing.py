@@ -20,7 +20,7 @@ def test_any_size(size):
     assert np.asarray(drawn).any()
 
 
-def test_nothing_found_leaves_the_picture_alone():
+def test_nothing_found_leaves_the_image_alone():
     image = Image.new("RGB", (600, 300), "teal")
     drawn = draw_objects(image, {"objects": []})
     assert np.array_equal(np.asarray(drawn), np.asarray(image))
@@ -35,7 +35,7 @@ def test_mask_and_box_are_drawn_in_place(as_rle):
     drawn = np.asarray(draw_objects(image, {"objects": [make_object([400.0, 200.0, 500.0, 300.0], given)]}))
     inside, outside = drawn[220:280, 420:480], drawn[350:, :]
     assert (inside != 255).any(axis=-1).all() and (outside == 255).all()
-    assert np.asarray(image).min() == 255  # the picture that was given stays as it was
+    assert np.asarray(image).min() == 255  # the image that was given stays as it was
 
 
 def test_objects_have_their_own_colours():
@@ -95,5 +95,11 @@ def test_contact_sheet_stays_small(tmp_path):
     path = contact_sheet([Image.new("RGB", size) for size in sizes], 2, tmp_path / "rows.png", cell=208)
     with Image.open(path) as sheet:  # rows no higher than they need to be
         assert sheet.size == (2 * 208, 100 + SHEET_MARGIN + 200 + SHEET_MARGIN)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         contact_sheet([], columns=2, path=tmp_path / "none.jpg")
+
+
+def test_points_are_drawn_in_place():
+    found = {**make_object([400.0, 200.0, 500.0, 300.0]), "point": [700.0, 500.0]}
+    drawn = np.asarray(draw_objects(Image.new("RGB", (800, 600), "white"), {"objects": [found]}))
+    assert (drawn[500, 700] != 255).any() and (drawn[450:550, 650:690] == 255).all()

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
 
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 from rows import GRID_TOKENS, IMAGE, VIS, ForcedVis, batch_and_singles, tiny_model
 
 
 TOLERANCE = 1e-4
 STEPS = (1, 3, 4, 7)
+RESULTS = [name for signal in SIGNALS.values() for name in signal.result_names]
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +33,16 @@ def replay(model, inputs, output, sequences_per_row=1):
     prompt_slots = inputs["input_ids"].eq(VIS).sum(1).repeat_interleave(sequences_per_row)
     per_row = {k: v for k, v in inputs.items() if k != "pixel_values"}
     expanded = {name: value.repeat_interleave(sequences_per_row, dim=0) for name, value in per_row.items()}
-    count, slots = len(output.sequences), expanded["boxes"].shape[1] + output.boxes.shape[1]
-    boxes, valid = torch.zeros(count, slots, 4), torch.zeros(count, slots, dtype=torch.bool)
-    masks = torch.zeros(count, slots, *expanded["masks"].shape[2:], dtype=torch.uint8)
-    masks_valid = torch.zeros(count, slots, dtype=torch.bool)
-    first = expanded["boxes"].shape[1]
-    boxes[:, :first], valid[:, :first] = expanded["boxes"], expanded["boxes_valid"]
-    masks[:, :first], masks_valid[:, :first] = expanded["masks"], expanded["masks_valid"]
+    count, new_slots = len(output.sequences), output.boxes.shape[1]
+    signals = {
+        name: torch.cat([value, value.new_zeros(count, new_slots, *value.shape[2:])], dim=1)
+        for name, value in expanded.items()
+        if name.startswith(("boxes", "masks", "points"))
+    }
     for index, start in enumerate(prompt_slots.tolist()):
         number = int(output.object_valid[index].sum())
-        boxes[index, start : start + number] = output.boxes[index, :number]
-        valid[index, start : start + number] = True
-        masks_valid[index, start : start + number] = False
+        signals["boxes"][index, start : start + number] = output.boxes[index, :number]
+        signals["boxes_valid"][index, start : start + number] = True
     pictures = inputs.get("pixel_values")
     if pictures is not None and sequences_per_row > 1:
         images = inputs["input_ids"].eq(IMAGE).sum(1) // GRID_TOKENS
@@ -54,10 +54,7 @@ def replay(model, inputs, output, sequences_per_row=1):
             input_ids=output.sequences,
             attention_mask=torch.cat([expanded["attention_mask"], ones], dim=1),
             pixel_values=pictures,
-            boxes=boxes,
-            boxes_valid=valid,
-            masks=masks,
-            masks_valid=masks_valid,
+            **signals,
         )
     picks = [slice(start, start + int(v.sum())) for start, v in zip(prompt_slots.tolist(), output.object_valid)]
     probabilities = forward.logits.softmax(-1)
@@ -69,9 +66,10 @@ def replay(model, inputs, output, sequences_per_row=1):
             output.mask_logits[index][seen], forward.pred_mask_logits[index, pick], atol=TOLERANCE, rtol=TOLERANCE
         )
         p = probabilities[index, positions - 1, VIS]
-        for scores, iou in (("object_scores", "pred_box_iou"), ("object_mask_scores", "pred_mask_iou")):
-            expected = p * getattr(forward, iou)[index, pick]
-            torch.testing.assert_close(output[scores][index][seen], expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(output.points[index][seen], forward.pred_points[index, pick], atol=TOLERANCE, rtol=0)
+        for signal in SIGNALS.values():
+            expected = p * forward[signal.prediction_names[1]][index, pick]
+            torch.testing.assert_close(output[signal.result_names[1]][index][seen], expected, atol=TOLERANCE, rtol=0)
     return forward
 
 
@@ -79,7 +77,7 @@ def check_same(first, second):
     assert torch.equal(first.sequences, second.sequences)
     assert torch.equal(first.object_valid, second.object_valid)
     seen = first.object_valid
-    for name in ("boxes", "mask_logits", "object_scores", "object_mask_scores"):
+    for name in RESULTS:
         torch.testing.assert_close(first[name][seen], second[name][seen], atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -109,7 +107,7 @@ def test_batch_of_unlike_rows_equals_each_alone(model, padding):
             together.sequences[index, batch["input_ids"].shape[1] :], alone.sequences[0, alone.prompt_length :]
         )
         seen = together.object_valid[index]
-        for name in ("boxes", "mask_logits", "object_scores", "object_mask_scores"):
+        for name in RESULTS:
             torch.testing.assert_close(together[name][index][seen], alone[name][0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -191,7 +189,7 @@ def test_continuing_after_every_cut(model, cut, full_prompt):
     for index in range(len(expected.sequences)):
         late = expected.object_valid[index] & (expected.positions[index] >= prompt_length + cut)
         seen = second.object_valid[index]
-        for name in ("boxes", "mask_logits", "object_scores"):
+        for name in RESULTS:
             torch.testing.assert_close(
                 expected[name][index][late], second[name][index][seen], atol=TOLERANCE, rtol=TOLERANCE
             )
@@ -209,6 +207,15 @@ class ShiftedVis(ForcedVis):
         scores = super().__call__(input_ids, scores)
         self.prompt_length += self.cut
         return scores
+
+
+def test_static_cache_generation_compiles_in_one_graph():
+    model = tiny_model()
+    inputs, _ = batch_and_singles()
+    expected = run(model, inputs, max_new_tokens=4)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    check_same(expected, run(model, inputs, max_new_tokens=4, cache_implementation="static"))
 
 
 def test_new_text_with_its_own_signals_after_an_answer(model):
@@ -270,15 +277,13 @@ def test_chunked_prefill_equals_one_go(model):
     check_same(run(model, singles[2]), run(model, singles[2], prefill_chunk_size=7))
 
 
-def test_one_tower_pass_however_many_sequences(model, monkeypatch):
+def test_one_tower_pass_however_many_sequences(model):
     inputs, _ = batch_and_singles()
     passes = []
-    tower = model.model._tower_layers
-    monkeypatch.setattr(
-        model.model, "_tower_layers", lambda pixels, **kwargs: passes.append(len(pixels)) or tower(pixels)
-    )
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     run(model, inputs, num_beams=3, num_return_sequences=2)
     run(model, inputs, use_cache=False)
+    hook.remove()
     assert passes == [5, 5]
 
 
@@ -324,6 +329,7 @@ def test_output_fields(model):
     assert (output.positions[~output.object_valid] == -1).all()
     none = run(model, inputs, steps=())
     assert none.boxes.shape == (rows, 0, 4) and none.object_scores.shape == (rows, 0)
+    assert output.points.shape == (rows, slots, 2) and output.points.dtype == torch.float32
     assert isinstance(run(model, inputs, return_dict_in_generate=False), torch.Tensor)
 
 
@@ -367,6 +373,12 @@ def test_other_refusals(model):
     model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
     with pytest.raises(ValueError, match="no signal state"):
         model.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache)
-    for missing in ({"boxes_valid": torch.zeros(1, 1, dtype=torch.bool)}, {"boxes": None, "masks": None}):
-        with pytest.raises(ValueError, match=r"Row 0: the 1\. `<vis>` .* neither a box nor a mask"):
+    cache = run(model, singles[4], max_new_tokens=3).past_key_values
+    with pytest.raises(ValueError, match=r"holds 20 tokens, the prompt 2: pass the whole text.*attention_mask"):
+        model.generate(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+    for missing in (
+        {"boxes_valid": torch.zeros(1, 1, dtype=torch.bool)},
+        {"boxes": None, "masks": None, "points": None},
+    ):
+        with pytest.raises(ValueError, match=r"Row 0: the 1\. `<vis>` .* carries nothing.*slot 0"):
             model.generate(**{**singles[0], **missing})

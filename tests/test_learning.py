@@ -142,7 +142,9 @@ def test_sixteen_photos_are_learned(data_dir, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from perceptiongpt.drawing import contact_sheet, draw_objects
-    from perceptiongpt.train import complete_recipe, load_sources, train
+    from perceptiongpt.train import train
+    from perceptiongpt.training.datasets import load_sources
+    from perceptiongpt.training.recipe import complete_recipe
 
     vision, text = save_backbones(tmp_path)
     large = load_sources(sources(data_dir, LEAST_AREA_SHARE))
@@ -154,6 +156,7 @@ def test_sixteen_photos_are_learned(data_dir, tmp_path):
             "attn_implementation": "eager",
             "config": {
                 "position_gain": 1.0,
+                "signals": ["box", "mask"],
                 "box_config": {"hidden_size": 256},
                 "mask_config": {
                     "hidden_size": 128,

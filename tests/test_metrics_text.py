@@ -151,6 +151,41 @@ def test_pope_of_real_questions(data_dir, tmp_path):
     assert (never["accuracy"], never["precision"], never["f1"], never["yes_ratio"]) == (0.5, 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "own_right", "of_color", "of_pattern", "of_shape"),
+    [
+        ("A striped red circle, partly hidden by a blue star.", 1, 1, 1, 1, 1),
+        ("the circle is RED and striped; hidden by a star that is blue", 1, 1, 1, 1, 1),
+        ("A striped red circle.", 0, 1, 1, 1, 1),
+        ("A striped red circle, partly hidden by a red star.", 0, 1, 1, 1, 1),
+        ("A striped blue star, partly hidden by a red circle.", 0, 0, 0, 1, 0),
+        ("A striped red red circle, partly hidden by a blue star.", 0, 0, 0, 1, 1),
+        ("A dotted red circle, partly hidden by a blue star.", 0, 0, 1, 0, 1),
+        ("A red circle, partly hidden by a blue star.", 0, 0, 1, 0, 1),
+        ("A striped red ring, partly hidden by a plain blue star.", 0, 0, 1, 1, 0),
+        ("", 0, 0, 0, 0, 0),
+    ],
+)
+def test_attributes_by_hand(answer, right, own_right, of_color, of_pattern, of_shape, tmp_path):
+    reference = "A striped red circle, partly hidden by a blue star."
+    results = compute("attributes_right", tmp_path, [answer], [reference])
+    assert (results["attributes_right"], results["own_attributes_right"]) == (right, own_right)
+    assert [results[f"{kind}_right"] for kind in ("color", "pattern", "shape")] == [of_color, of_pattern, of_shape]
+
+
+def test_attributes_of_drawn_regions_are_all_known(tmp_path):
+    from perceptiongpt.data.sources import rows
+
+    arguments = {"split": "test", "seed": 10**6, "tasks": ["region_caption"], "limit": 20, "evaluation": True}
+    texts = [row["messages"][-1]["content"] for row in rows("scenes", **arguments)]
+    results = compute("attributes_right", tmp_path, texts, texts)
+    assert results["attributes_right"] == 1 and results["n"] == 20
+    others = compute("attributes_right", tmp_path, texts[1:] + texts[:1], texts)
+    assert others["attributes_right"] < 0.2
+    with pytest.raises(ValueError, match=r"references\[0\]: names no colour, pattern or shape"):
+        compute("attributes_right", tmp_path, ["a red star"], ["a thing"])
+
+
 def ngrams(text: str, size: int) -> Counter:
     words = text.split()
     return Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
@@ -267,21 +302,35 @@ def test_without_java_there_is_a_fallback(coco_captions, tmp_path, monkeypatch):
     assert results == {name: value for name, value in expected.items() if name not in ("n", "problems")}
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("A man's dog (big) isn't here.", "a man 's dog -lrb- big -rrb- is n't here"),
-        ("a well-dressed man -- running... fast!", "a well-dressed man running fast"),
-        ("can't cannot gonna, they’ll", "ca n't can not gon na they 'll"),
-        ("3,000 at 10:30; $5.00 50% U.S. Mr. Smith", "3,000 at 10:30 $ 5.00 50 % u.s. mr. smith"),
-        ('he said "no"\n\nand “yes”', "he said no and yes"),
-        ("", ""),
-    ],
-)
-def test_tokenisers(text, words):
-    assert caption_scores.tokenize_python([text]) == [words]
+TOKENISED = [
+    ("A man's dog (big) isn't here.", "a man 's dog -lrb- big -rrb- is n't here"),
+    ("a well-dressed man -- running... fast!", "a well-dressed man running fast"),
+    ("can't cannot gonna, they’ll", "ca n't can not gon na they 'll"),
+    ("3,000 at 10:30; $5.00 50% U.S. Mr. Smith", "3,000 at 10:30 $ 5.00 50 % u.s. mr. smith"),
+    ('he said "no"\n\nand “yes”', "he said no and yes"),
+    ("", ""),
+]
+
+
+def test_tokenisers():
+    texts, words = zip(*TOKENISED, strict=True)
+    assert caption_scores.tokenize_python(texts) == list(words)
     if caption_scores.have_java():
-        assert caption_scores.tokenize_ptb([text, "x"]) == [words, "x"]
+        assert caption_scores.tokenize_ptb(texts) == list(words)
+
+
+def test_a_text_is_tokenised_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        caption_scores, "tokenize_python", lambda texts: asked.append(texts) or [f"<{t}>" for t in texts]
+    )
+    caption_scores._words_of.cache_clear()
+    try:
+        assert caption_scores.tokenize(["a", "b", "a"], "python") == ["<a>", "<b>", "<a>"]
+        assert caption_scores.tokenize(["b", "c"], "python") == ["<b>", "<c>"]
+    finally:
+        caption_scores._words_of.cache_clear()
+    assert asked == [["a", "b", "a"], ["c"]]
 
 
 @needs_java

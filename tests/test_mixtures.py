@@ -28,6 +28,7 @@ from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Par
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.schema import POINT_TASKS, TASKS
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.training.recipe import complete_recipe
 from processes import run_two_processes
 
 
@@ -355,7 +356,7 @@ def test_only_pictures_of_coco_are_left_out_by_their_number(tmp_path, pictures):
 
 def recipe_of(folder: str, real, **data) -> dict:
     root, mixture, _ = real
-    return training.complete_recipe(
+    return complete_recipe(
         {
             "model": {"checkpoint": folder},
             "adapter": {"mode": "full"},

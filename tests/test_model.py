@@ -1,21 +1,35 @@
 """One forward: what it reads, what it predicts, what it learns from, and where its weights come from."""
 
+import json
+import sys
+from datetime import timedelta
+
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration
-from perceptiongpt import train as training
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
 from perceptiongpt.signals_perceptiongpt import SIGNALS
+from perceptiongpt.training.adapters import add_adapter, parameter_table
+from perceptiongpt.training.recipe import LORA_TARGETS
+from processes import run_two_processes
 from rows import GRID_TOKENS, IMAGE, MASK_SIZE, VIS, batch_and_singles, tiny_config, tiny_model
 
 
 TOLERANCE = 1e-4
-LOSSES = ("loss", "loss_lm", "loss_box", "loss_mask", "loss_iou")
-SIGNAL_PARTS = ("box_encoder", "box_decoder", "mask_encoder", "mask_decoder")
+LOSSES = ("loss", "loss_lm", "loss_box", "loss_mask", "loss_point", "loss_iou")
+SIGNAL_PARTS = tuple(f"{name}_{part}" for name in SIGNALS for part in ("encoder", "decoder"))
+PREDICTIONS = [name for signal in SIGNALS.values() for name in signal.prediction_names]
 TRAINED_PARTS = (*SIGNAL_PARTS, "language_mixture", "mask_mixture", "position_table", "multi_modal_projector")
 
 
@@ -37,8 +51,8 @@ def forward(model):
 
 def teacher_forced_batch() -> dict:
     """
-    Rows with a picture: a prompt `<vis>` with a box; answers with a box and a mask, a box alone, a mask alone, and a
-    `<vis>` with neither. A row without a picture and without a `<vis>`. `labels` start behind the prompt.
+    Rows with an image: a prompt `<vis>` with a box; answers with all signals, a box alone, a mask alone, and a point
+    alone. A row without an image and without a `<vis>`. `labels` start behind the prompt.
     """
     picture = [IMAGE] * GRID_TOKENS
     rows = [
@@ -67,11 +81,15 @@ def teacher_forced_batch() -> dict:
         "masks": masks,
         "boxes_valid": torch.tensor([[1, 1, 1], [0, 0, 0], [0, 0, 0]]).bool(),
         "masks_valid": torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(),
+        "points": torch.rand(3, 3, 2, generator=generator),
+        "points_valid": torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 0]]).bool(),
     }
 
 
+COUNTED = ("items", "boxes", "masks", "points")
 SUPERVISED_BOXES = [(0, 1), (0, 2)]
 SUPERVISED_MASKS = [(0, 1), (1, 0)]
+SUPERVISED_POINTS = [(0, 1), (1, 1)]
 
 
 def read_embeddings(model, inputs) -> torch.Tensor:
@@ -94,12 +112,13 @@ def test_a_mixed_batch_equals_its_rows(forward):
     together = forward(**batch)
     assert together.pred_boxes.shape == (5, 2, 4)
     assert together.pred_mask_logits.shape == (5, 2, MASK_SIZE, MASK_SIZE)
-    assert together.pred_box_iou.shape == together.pred_mask_iou.shape == (5, 2)
+    assert together.pred_points.shape == (5, 2, 2)
+    assert together.pred_box_iou.shape == together.pred_mask_iou.shape == together.pred_point_score.shape == (5, 2)
     for index, inputs in enumerate(singles):
         alone = forward(**inputs)
         length, slots = inputs["input_ids"].shape[1], inputs["boxes"].shape[1]
         torch.testing.assert_close(together.logits[index, -length:], alone.logits[0], atol=TOLERANCE, rtol=TOLERANCE)
-        for name in ("pred_boxes", "pred_mask_logits", "pred_box_iou", "pred_mask_iou"):
+        for name in PREDICTIONS:
             if slots == 0:
                 assert getattr(alone, name) is None
             else:
@@ -117,17 +136,17 @@ def test_predictions_come_from_the_state_before(model, forward):
     torch.testing.assert_close(model.lm_head(state), output.logits[0, position - 1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("counts", [None, (50, 7, 5)])
+@pytest.mark.parametrize("counts", [None, (50, 7, 5, 3)])
 def test_losses_by_hand(model, forward, counts):
     inputs = teacher_forced_batch()
     given = {}
     if counts is not None:
-        given = dict(zip(("num_items_in_batch", "num_boxes_in_batch", "num_masks_in_batch"), counts, strict=True))
+        given = {f"num_{name}_in_batch": count for name, count in zip(COUNTED, counts, strict=True)}
     output = forward(**inputs, **given)
     labels = inputs["labels"][:, 1:]
-    tokens, num_boxes, num_masks = counts or (int((labels != -100).sum()), 2, 2)
+    tokens, num_boxes, num_masks, num_points = counts or (int((labels != -100).sum()), 2, 2, 2)
     entropy = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels, reduction="sum", ignore_index=-100)
-    box = mask = iou_error = 0
+    box = mask = point = iou_error = 0
     for row, slot in SUPERVISED_BOXES:
         predicted, target = output.pred_boxes[row, slot], inputs["boxes"][row, slot]
         iou, giou = box_iou_and_giou(predicted, target)
@@ -141,21 +160,27 @@ def test_losses_by_hand(model, forward, counts):
         hit = (logits > 0) & target.bool()
         iou = hit.sum() / ((logits > 0) | target.bool()).sum()
         iou_error += (output.pred_mask_iou[row, slot] - iou) ** 2 / num_masks
+    for row, slot in SUPERVISED_POINTS:
+        difference = output.pred_points[row, slot] - inputs["points"][row, slot]
+        point += 5 * difference.abs().sum()
+        iou_error += (output.pred_point_score[row, slot] - (-difference.norm() / 0.05).exp()) ** 2 / num_points
+    torch.testing.assert_close(output.loss_point, point / num_points, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss_lm, entropy / tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss_box, box / num_boxes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss_mask, mask / num_masks, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss_iou, iou_error, atol=1e-5, rtol=1e-5)
-    terms = output.loss_lm + output.loss_box + output.loss_mask + output.loss_iou
+    terms = sum(output[name] for name in LOSSES[1:])
     torch.testing.assert_close(output.loss, terms)
 
 
-@pytest.mark.parametrize("name", ["boxes", "masks"])
+@pytest.mark.parametrize("name", ["boxes", "masks", "points"])
 def test_only_known_answers_are_supervised(forward, name):
     """Targets of a prompt, of an unknown value, or behind the last `<vis>` teach nothing; each of the others does."""
     inputs = teacher_forced_batch()
-    inputs["boxes_read"] = inputs["masks_read"] = torch.zeros_like(inputs["boxes_valid"])
+    nothing = torch.zeros_like(inputs["boxes_valid"])
+    inputs |= {"boxes_read": nothing, "masks_read": nothing, "points_read": nothing}
     before = forward(**inputs).loss
-    taught = {"boxes": SUPERVISED_BOXES, "masks": SUPERVISED_MASKS}[name]
+    taught = {"boxes": SUPERVISED_BOXES, "masks": SUPERVISED_MASKS, "points": SUPERVISED_POINTS}[name]
     for row in range(3):
         for slot in range(3):
             values = inputs[name].clone()
@@ -167,8 +192,8 @@ def test_only_known_answers_are_supervised(forward, name):
 def test_without_targets_the_signal_losses_are_zero(forward):
     inputs = teacher_forced_batch()
     nothing = torch.zeros_like(inputs["boxes_valid"])
-    output = forward(**{**inputs, "boxes_valid": nothing, "masks_valid": nothing})
-    assert output.loss_box == output.loss_mask == output.loss_iou == 0 and output.loss == output.loss_lm > 0
+    output = forward(**{**inputs, **dict.fromkeys(("boxes_valid", "masks_valid", "points_valid"), nothing)})
+    assert all(output[name] == 0 for name in LOSSES[2:]) and output.loss == output.loss_lm > 0
 
 
 def test_loss_weights_come_from_the_config():
@@ -190,8 +215,8 @@ def test_tuples_equal_dicts(model, forward):
     inputs = teacher_forced_batch()
     as_tuple, as_dict = forward(**inputs, return_dict=False), forward(**inputs)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == len(as_dict)
-    assert torch.equal(as_tuple[0], as_dict.loss) and list(as_dict)[:6] == [*LOSSES, "logits"]
-    assert torch.equal(as_tuple[5], as_dict["logits"])
+    assert torch.equal(as_tuple[0], as_dict.loss) and list(as_dict)[:7] == [*LOSSES, "logits"]
+    assert torch.equal(as_tuple[6], as_dict["logits"])
     assert "loss" not in forward(**{**inputs, "labels": None})
 
 
@@ -204,16 +229,27 @@ def test_a_vis_is_read_as_the_mean_of_what_is_read(model):
     static = model.get_input_embeddings().weight[VIS]
     box = model.model.box_encoder(inputs["boxes"][0, 1])
     mask = model.model.mask_encoder(inputs["masks"][0, 1][None])[0]
-    expected = {(1, 1): (box + mask) / 2, (1, 0): box, (0, 1): mask, (0, 0): static}
-    for (reads_box, reads_mask), embedding in expected.items():
-        flags = {"boxes_read": inputs["boxes_valid"].clone(), "masks_read": inputs["masks_valid"].clone()}
-        flags["boxes_read"][0, 1], flags["masks_read"][0, 1] = bool(reads_box), bool(reads_mask)
+    point = model.model.point_encoder(inputs["points"][0, 1])
+    names = ("boxes", "masks", "points")
+    expected = {
+        "boxes": box,
+        "masks": mask,
+        "points": point,
+        "boxes masks": (box + mask) / 2,
+        "boxes masks points": (box + mask + point) / 3,
+        "": static,
+    }
+    for reads, embedding in expected.items():
+        flags = {f"{name}_read": inputs[f"{name}_valid"].clone() for name in names}
+        for name in names:
+            flags[f"{name}_read"][0, 1] = name in reads.split()
         read = read_embeddings(model, inputs | flags)
         torch.testing.assert_close(read[0, at], embedding, atol=1e-5, rtol=1e-5)
     default = read_embeddings(model, inputs)
-    torch.testing.assert_close(default[0, at], expected[1, 1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(default[0, at], expected["boxes masks points"], atol=1e-5, rtol=1e-5)
+    inputs["points_valid"][1, 1] = False
     nothing_known = inputs["input_ids"][1].eq(VIS).nonzero()[1, 0]
-    assert torch.equal(default[1, nothing_known], static)
+    assert torch.equal(read_embeddings(model, inputs)[1, nothing_known], static)
 
 
 def test_values_alone_are_valid(model):
@@ -247,7 +283,9 @@ def test_a_slot_belongs_to_the_last_picture_before_it(model, monkeypatch):
     monkeypatch.setattr(
         model.model,
         "decode_signals",
-        lambda states, features, index: seen.append(index.tolist()) or decode(states, features, index),
+        lambda states, features, index, *others: (
+            seen.append(index.tolist()) or decode(states, features, index, *others)
+        ),
     )
     picture = [IMAGE] * GRID_TOKENS
     rows = [[VIS, *picture, VIS, *picture, 5, VIS], [*picture, VIS, 6, VIS, *([0] * (GRID_TOKENS + 1))]]
@@ -333,7 +371,7 @@ def test_packed_questions_equal_each_alone(attention):
             expected = single.logits[0, 1 + GRID_TOKENS :]
             torch.testing.assert_close(together.logits[0, at : at + count], expected, atol=TOLERANCE, rtol=TOLERANCE)
             if slots:
-                for name in ("pred_boxes", "pred_mask_logits", "pred_box_iou", "pred_mask_iou"):
+                for name in PREDICTIONS:
                     part = together[name][0, slot : slot + slots]
                     torch.testing.assert_close(part, single[name][0], atol=TOLERANCE, rtol=TOLERANCE)
             at, slot = at + count, slot + slots
@@ -365,7 +403,7 @@ def test_inputs_embeds_equal_ids(model, forward):
     expected = forward(**inputs)
     ids = inputs.pop("input_ids")
     output = forward(inputs_embeds=model.get_input_embeddings()(ids), **inputs)
-    for name in ("loss", "logits", "pred_boxes", "pred_mask_logits"):
+    for name in ("loss", "logits", *PREDICTIONS):
         torch.testing.assert_close(output[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
@@ -408,6 +446,21 @@ def test_finer_pictures_may_be_left_out():
     assert (wrong.pred_mask_logits[1, :2] - both.pred_mask_logits[1, :2]).abs().max() > 1e-3
 
 
+def test_masks_without_their_finer_images_are_refused():
+    """They would be decoded from nothing."""
+    model = tiny_model(mask_image_size=64)
+    inputs = teacher_forced_batch()
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model(**{**inputs, "labels": None})
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "labels"}
+    with pytest.raises(ValueError, match="`mask_pixel_values` is missing"):
+        model.generate(**prompt, max_new_tokens=1)
+    text = text_only_batch()
+    assert model(**text, boxes=torch.zeros(1, 1, 4)).loss.isfinite()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_finer_pictures_may_all_be_left_out(training):
     """Nobody wants a mask of any of the pictures: boxes are predicted all the same."""
@@ -420,7 +473,79 @@ def test_finer_pictures_may_all_be_left_out(training):
     assert without.loss_mask == 0 and without.pred_mask_logits.isfinite().all()
 
 
-# ---- every part runs in every step -----------------------------------------------------------------------------------
+# ---- which signals a checkpoint has ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_folder(tmp_path_factory) -> str:
+    """A checkpoint of before there were points, whose config does not list its signals."""
+    folder = tmp_path_factory.mktemp("first")
+    tiny_model(signals=["mask", "box"]).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("signals") == ["box", "mask"] and config.pop("point_config") is None
+    path.write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_checkpoint_without_points_loads(first_folder):
+    model, info = PerceptionGPTForConditionalGeneration.from_pretrained(first_folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.signals == list(model.model.signals) == ["box", "mask"] and model.config.point_config is None
+    assert not hasattr(model.model, "point_encoder") and "BoxDecoder" in model._no_split_modules
+    assert "PointDecoder" not in model._no_split_modules
+    inputs = teacher_forced_batch()
+    without = {name: value for name, value in inputs.items() if not name.startswith("points")}
+    output = model(**without)
+    assert output.loss > 0 and "loss_point" not in output and "pred_points" not in output
+    with pytest.raises(ValueError, match=r"this checkpoint has no 'point' signal.*signals=\['box', 'mask', 'point'\]"):
+        model(**inputs)
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "labels"}
+    with pytest.raises(ValueError, match="this checkpoint has no 'point' signal"):
+        model.generate(**prompt, max_new_tokens=1)
+
+
+def test_a_checkpoint_can_get_points(first_folder, tmp_path):
+    first = PerceptionGPTForConditionalGeneration.from_pretrained(first_folder)
+    first.model.box_encoder.norm.weight.data.fill_(0.7)
+    first.save_pretrained(tmp_path / "first")
+    signals = ["box", "mask", "point"]
+    model, info = PerceptionGPTForConditionalGeneration.from_pretrained(
+        tmp_path / "first", signals=signals, point_config={"hidden_size": 64}, output_loading_info=True
+    )
+    assert info["missing_keys"] and all(".point_" in name for name in info["missing_keys"])
+    assert model.config.signals == signals and model.config.point_config.hidden_size == 64
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    # It starts like a signal of a fresh model, at the scale of the signals that the language model has learned to read.
+    fresh = tiny_model()
+    for part in ("point_encoder", "point_decoder"):
+        for name, parameter in getattr(model.model, part).named_parameters():
+            spread = getattr(fresh.model, part).get_parameter(name).std()
+            if name != "norm.weight":
+                assert parameter.std() == pytest.approx(spread.item(), rel=0.3), name
+    torch.testing.assert_close(model.model.point_encoder.norm.weight, torch.full((48,), 0.7))
+    output = model.train()(**teacher_forced_batch())
+    output.loss.backward()
+    assert output.loss_point > 0 and model.model.point_decoder.linear_1.weight.grad.abs().max() > 0
+    model.save_pretrained(tmp_path / "again")
+    again = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.config.signals == signals
+    assert torch.equal(again.model.point_encoder.linear_1.weight, model.model.point_encoder.linear_1.weight)
+
+
+def test_signals_of_a_config():
+    assert PerceptionGPTConfig().signals == list(SIGNALS)
+    assert tiny_config(signals=("point", "box")).signals == ["box", "point"]
+    old = {name: value for name, value in tiny_config().to_dict().items() if name != "signals"}
+    assert PerceptionGPTConfig.from_dict(old).signals == ["box", "mask"]
+    assert PerceptionGPTConfig.from_dict(tiny_config().to_dict()).signals == list(SIGNALS)
+    for wrong, message in ((["mask"], "box among them"), (["box", "smell"], "names .'smell'.")):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(signals=wrong)
+
+
+# ---- what runs in a training step ------------------------------------------------------------------------------------
 
 
 def text_only_batch() -> dict:
@@ -428,45 +553,132 @@ def text_only_batch() -> dict:
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("finer", [None, 64])
-@pytest.mark.parametrize("empty_tensors", [True, False])
-def test_a_batch_of_text_alone_gives_every_part_a_gradient(empty_tensors, finer):
-    """Possibly zero, never None: processes whose batches differ in kind would wait for each other."""
-    model = tiny_model(mask_image_size=finer).train()
-    inputs = text_only_batch()
-    if empty_tensors:
-        inputs |= {
-            "boxes": torch.zeros(1, 0, 4),
-            "masks": torch.zeros(1, 0, MASK_SIZE, MASK_SIZE, dtype=torch.uint8),
-            "boxes_valid": torch.zeros(1, 0, dtype=torch.bool),
-            "masks_valid": torch.zeros(1, 0, dtype=torch.bool),
-        }
-    output = model(**inputs)
-    output.loss.backward()
-    assert output.loss_box == output.loss_mask == output.loss_iou == 0
-    for part in TRAINED_PARTS:
-        for name, parameter in getattr(model.model, part).named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{part}.{name}"
-    assert model.lm_head.weight.grad.abs().max() > 0
-    expected = model.eval()(**text_only_batch()).loss
-    torch.testing.assert_close(output.loss, expected)
+def batch_of(kind: str) -> dict:
+    """Text alone, images without signals, or images with the signals that `kind` names."""
+    if kind == "text":
+        return text_only_batch()
+    kept = kind.split()
+    batch = teacher_forced_batch()
+    return {name: value for name, value in batch.items() if not name.startswith(("boxes", "masks", "points"))} | {
+        name: value for name, value in batch.items() if name.split("_")[0] in kept
+    }
 
 
-@pytest.mark.parametrize("kind", ["text", "picture", "signals"])
-def test_every_part_runs_once_in_every_training_step(kind):
-    model = tiny_model().train()
-    inputs = {"text": text_only_batch(), "picture": teacher_forced_batch(), "signals": teacher_forced_batch()}[kind]
-    if kind == "picture":
-        inputs = {name: value for name, value in inputs.items() if not name.startswith(("boxes", "masks"))}
-    elif kind == "signals":
-        inputs["masks_valid"] = torch.zeros_like(inputs["masks_valid"])
-    runs = []
+@pytest.mark.parametrize("kind", ["text", "image", "boxes", "masks", "boxes points", "boxes masks points"])
+def test_one_process_runs_only_what_the_batch_needs(kind):
+    model, inputs, runs = tiny_model().train(), batch_of(kind), []
     for part in (*TRAINED_PARTS, "vision_tower"):
         getattr(model.model, part).register_forward_hook(lambda *args, part=part: runs.append(part))
-    model(**inputs).loss.backward()
-    assert sorted(runs) == sorted((*TRAINED_PARTS, "vision_tower"))
-    untouched = {name for name, p in model.named_parameters() if p.grad is None}
-    assert not [name for name in untouched if "vision_tower" not in name], untouched
+    output = model(**inputs)
+    output.loss.backward()
+    needed = [f"{name}_{part}" for name in SIGNALS if SIGNALS[name].plural in kind for part in ("encoder", "decoder")]
+    if kind != "text":
+        needed += ["vision_tower", "language_mixture", "mask_mixture", "position_table", "multi_modal_projector"]
+    assert sorted(runs) == sorted(needed)
+    learn = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert learn >= set(needed) - {"mask_mixture"} and ("mask_mixture" in learn) == ("masks" in kind)
+    for signal in SIGNALS.values():
+        given = signal.plural in kind
+        assert (output[signal.loss_name] > 0) == given
+        assert (output[signal.prediction_names[0]] is not None) == given if given else True
+        assert given or signal.prediction_names[0] not in output
+
+
+def test_values_without_slots_count_as_not_given():
+    inputs = text_only_batch()
+    empty = {
+        "boxes": torch.zeros(1, 0, 4),
+        "masks": torch.zeros(1, 0, MASK_SIZE, MASK_SIZE, dtype=torch.uint8),
+        "points": torch.zeros(1, 0, 2),
+        "boxes_noise": torch.zeros(1, 0, 4),
+        **dict.fromkeys(("boxes_valid", "masks_valid", "points_valid"), torch.zeros(1, 0, dtype=torch.bool)),
+    }
+    model = tiny_model().train()
+    assert torch.equal(model(**inputs, **empty).loss, model(**inputs).loss)
+
+
+def unlike_worker(kinds: list[str]) -> None:
+    """One process of two, each with a batch of another kind: all parts run, in the same order, and get a gradient."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    inputs = batch_of(kinds[torch.distributed.get_rank()])
+    for finer in (None, 64):
+        model, runs = tiny_model(mask_image_size=finer), []
+        if finer and "pixel_values" in inputs:
+            inputs["mask_pixel_values"] = torch.ones(2, 3, finer, finer)
+        expected = model(**inputs).loss
+        for part in (*TRAINED_PARTS, "vision_tower"):
+            getattr(model.model, part).register_forward_hook(lambda *args, part=part: runs.append(part))
+        output = model.train()(**inputs)
+        output.loss.backward()
+        torch.testing.assert_close(output.loss, expected)
+        assert set(runs) == {*TRAINED_PARTS, "vision_tower"}, runs
+        for part in TRAINED_PARTS:
+            for name, parameter in getattr(model.model, part).named_parameters():
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{part}.{name}"
+        orders = [None, None]
+        torch.distributed.all_gather_object(orders, [run for run in runs if run in SIGNAL_PARTS])
+        assert orders[0] == orders[1] and sorted(orders[0]) == sorted(SIGNAL_PARTS)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kinds", [("text", "boxes masks points"), ("image", "boxes")], ids=str)
+def test_two_processes_run_every_part(kinds):
+    """Processes whose batches differ in kind would wait for each other."""
+    run_two_processes(__file__, *kinds)
+
+
+def compiled_equals_plain(model, inputs) -> None:
+    torch.compiler.reset()
+    output = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+    expected = model(**inputs)
+    for name in ("loss", *PREDICTIONS):
+        torch.testing.assert_close(output[name], expected[name], atol=1e-5, rtol=1e-5)
+    if model.training:
+        output.loss.backward()
+        assert model.model.mask_decoder.hyper_1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_compiles_in_one_graph(training):
+    compiled_equals_plain(tiny_model().train(training), teacher_forced_batch())
+
+
+# ---- the library's own trainer ---------------------------------------------------------------------------------------
+
+
+def plain_trainer(tmp_path, **arguments) -> Trainer:
+    """Over eight equal rows with every signal."""
+    batch = {name: value[:1] for name, value in teacher_forced_batch().items()}
+
+    def collate(rows: list[dict]) -> dict:
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    settings = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "use_cpu": True, "save_strategy": "no"}
+    settings |= {"report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    return Trainer(
+        model=tiny_model(),
+        args=TrainingArguments(str(tmp_path), **settings, **arguments),
+        data_collator=collate,
+        train_dataset=[batch] * 8,
+    )
+
+
+def test_accumulation_changes_no_loss_and_no_gradient(tmp_path):
+    """Also without the signals' own counts, which only our trainer gives."""
+    logs = []
+    for steps in (1, 2, 4):
+        trainer = plain_trainer(tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for log in logs[1:]:
+        assert log["loss"] == pytest.approx(logs[0]["loss"], rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-3)
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    """It would take the labels away, and with them the losses of the signals."""
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        plain_trainer(tmp_path, label_smoothing_factor=0.1).train()
 
 
 # ---- joining backbones -----------------------------------------------------------------------------------------------
@@ -593,7 +805,7 @@ TEXT_SIZES = {
     "7B": {},  # the config's defaults: Vicuna-7B and CLIP ViT-L/14 at 336 pixels
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-ALL_PROJECTIONS = training.LORA_TARGETS
+ALL_PROJECTIONS = LORA_TARGETS
 
 
 def table_on_meta(size: str, mode: str, **adapter) -> dict:
@@ -602,8 +814,8 @@ def table_on_meta(size: str, mode: str, **adapter) -> dict:
         text["num_key_value_heads"] = text["num_attention_heads"]
     with torch.device("meta"):
         model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=text))
-        model = training.add_adapter(model, mode, **adapter)
-    return {part: (trainable, total) for part, trainable, total in training.parameter_table(model)}
+        model = add_adapter(model, mode, **adapter)
+    return {part: (trainable, total) for part, trainable, total in parameter_table(model)}
 
 
 @pytest.mark.parametrize("size", TEXT_SIZES)
@@ -637,3 +849,7 @@ def test_every_signal_has_its_parts_on_the_model(model):
     built = {name for signal in SIGNALS.values() for name in signal.build_modules(model.config, 0.02)}
     assert built == set(model.model.signal_modules()) == set(SIGNAL_PARTS)
     assert not [name for name, _ in model.model.named_parameters(recurse=False)]
+
+
+if __name__ == "__main__":
+    unlike_worker(sys.argv[1:])

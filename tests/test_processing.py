@@ -27,13 +27,16 @@ from perceptiongpt.configuration_perceptiongpt import (
     add_perception_tokens,
 )
 from perceptiongpt.geometry_perceptiongpt import boxes_to_square, mask_to_square
-from perceptiongpt.processing_perceptiongpt import CHAT_TEMPLATE, SIGNAL_NAMES, PerceptionGPTProcessor
+from perceptiongpt.processing_perceptiongpt import CHAT_TEMPLATE, PerceptionGPTProcessor
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 
 
 ROOT = Path(__file__).parents[1]
 GRID, MASK_SIZE = 4, 16
 HEIGHT, WIDTH = 60, 100
 BOX = [10.0, 20.0, 50.0, 45.0]
+BOTH = {"box": BOX, "point": [50, 30]}
+MASKED = {"mask": [[10, 20, 50, 20, 50, 45, 10, 45]]}
 TEMPLATES = {path.stem: path.read_text() for path in sorted((ROOT / "tests/chat_templates").glob("*.jinja"))}
 # What a family's tokenizer holds as one id, besides begin and end.
 FAMILY_TOKENS = {
@@ -74,7 +77,7 @@ def make_processor(tokenizer=None, chat_template=None, **kwargs) -> PerceptionGP
         tokenizer.pad_token = tokenizer.unk_token
     size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
     image_processor = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=size)
-    kwargs = {"image_seq_length": GRID**2, "mask_size": MASK_SIZE} | kwargs
+    kwargs = {"image_seq_length": GRID**2, "mask_size": MASK_SIZE, "signals": list(SIGNALS)} | kwargs
     return PerceptionGPTProcessor(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
 
@@ -149,13 +152,61 @@ def test_signals_of_a_conversation(processor, image, mask):
     assert "signal_image_index" not in batch and "token_type_ids" not in batch
 
 
-def test_the_six_tensors_are_there_without_signals(processor):
+def test_points_of_a_conversation(processor, image):
+    conversation = [
+        user(
+            picture(image), text("Is "), {"type": "point", "point": [25, 0.5]}, text(" in "), {"type": "region"} | BOTH
+        ),
+        assistant({"type": "point", "point": [99.75, 60]}, text(" is "), {"type": "region", "point": [1, 2], **MASKED}),
+    ]
+    batch = encode(processor, conversation)
+    assert batch["points"].shape == (1, 4, 2) and batch["points"].dtype == torch.float32
+    # 100 x 60 lies 20 pixels down in a square of 100
+    expected = torch.tensor([[0.25, 0.205], [0.5, 0.5], [0.9975, 0.8], [0.01, 0.22]])
+    torch.testing.assert_close(batch["points"][0], expected, atol=1e-7, rtol=0)
+    assert batch["points_valid"].all() and torch.equal(batch["points_read"], batch["points_valid"])
+    assert batch["boxes_valid"].tolist() == [[False, True, False, True]]  # of a target mask the tight one
+    assert batch["masks_valid"].tolist() == [[False, False, False, True]]
+
+
+def test_a_checkpoint_has_the_tensors_of_its_signals(image, mask):
+    first = make_processor(signals=["mask", "box"])
+    batch = encode(first, [user(picture(image), box_item(), {"type": "mask", "mask": mask})])
+    assert not [name for name in (*batch, *first.model_input_names) if name.startswith("points")]
+    for conversation in ([{"type": "point", "point": [1, 2]}], [{"type": "region", "point": [1, 2]} | {"box": BOX}]):
+        with pytest.raises(ValueError, match="sample 0, turn 0: this checkpoint has no 'point' signal.*signals="):
+            encode(first, [user(picture(image), *conversation)])
+    with pytest.raises(ValueError, match="sample 0: this checkpoint has no 'point' signal"):
+        first(images=[image], text="<image><vis>", points=[[[1, 2]]])
+    assert first(images=[image], text="<image><vis>", boxes=[[BOX]], points=[[None]])["boxes_valid"].all()
+    with pytest.raises(ValueError, match="names .'depth'.; expected some of"):
+        make_processor(signals=["box", "depth"])
+    with pytest.raises(ValueError, match="expected box among them"):
+        make_processor(signals=["mask"])
+
+
+def test_a_processor_from_before_signals_were_listed(tmp_path, image):
+    processor = make_processor()
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("signals") == ["box", "mask", "point"]
+    path.write_text(json.dumps(stored))
+    assert PerceptionGPTProcessor.from_pretrained(tmp_path).signals == ["box", "mask"]
+    extended = PerceptionGPTProcessor.from_pretrained(tmp_path, signals=["box", "mask", "point"])
+    assert encode(extended, [user(picture(image), {"type": "point", "point": [1, 2]})])["points_valid"].all()
+
+
+def test_the_tensors_of_signals_are_there_without_signals(processor):
     batch = encode(processor, [user(text("Hello"))])
-    assert {name: tuple(batch[name].shape) for name in SIGNAL_NAMES} == {
+    names = [name for name in batch if name.startswith(("boxes", "masks", "points"))]
+    assert {name: tuple(batch[name].shape) for name in names} == {
         "boxes": (1, 0, 4),
         "masks": (1, 0, MASK_SIZE, MASK_SIZE),
-        **dict.fromkeys(SIGNAL_NAMES[2:], (1, 0)),
+        "points": (1, 0, 2),
+        **{f"{name}_{flag}": (1, 0) for name in ("boxes", "masks", "points") for flag in ("valid", "read")},
     }
+    assert set(names) <= set(processor.model_input_names)
     assert "pixel_values" not in batch
 
 
@@ -218,9 +269,10 @@ def test_boxes_stay_float32(processor, image):
     ):
         batch = encode(processor, conversation)
         batch["boxes_noise"] = torch.full_like(batch["boxes"], 1e-4)
+        batch["points"] = batch["boxes"][..., :2].clone()
         batch = move(batch)
         assert batch["pixel_values"].dtype in (torch.bfloat16, torch.float16)
-        assert batch["boxes"].dtype == batch["boxes_noise"].dtype == torch.float32
+        assert batch["boxes"].dtype == batch["boxes_noise"].dtype == batch["points"].dtype == torch.float32
         assert abs(batch["boxes"][0, 0, 0].item() * width - box[0]) < 0.01
 
 
@@ -373,13 +425,16 @@ def test_thin_and_tiny_pictures(processor):
         (box_item([10, 20, 102, 45]), "sample 1, <vis> 1: .*outside the 100 x 60 image"),
         (box_item([10, 20, 30]), "sample 1, <vis> 1: .*not four numbers"),
         ({"type": "box"}, "sample 1, turn 0: .*has no 'box'"),
-        ({"type": "region", "box": BOX}, "sample 1, turn 0: .*has no 'mask'"),
+        ({"type": "region"}, "sample 1, turn 0: .*has none of box, mask, point"),
+        ({"type": "point"}, "sample 1, turn 0: .*has no 'point'"),
+        ({"type": "point", "point": [10, 20, 30]}, "sample 1, <vis> 1: point .*not two numbers"),
+        ({"type": "point", "point": [10, 62]}, "sample 1, <vis> 1: point .*2 px outside the 100 x 60 image"),
         ({"type": "mask", "mask": np.ones((WIDTH, HEIGHT), dtype=bool)}, r"sample 1, <vis> 1: .*shape \(100, 60\)"),
         ({"type": "mask", "mask": np.zeros((HEIGHT, WIDTH))}, "sample 1, <vis> 1: .*empty"),
         ({"type": "mask", "mask": {"size": [HEIGHT, WIDTH], "counts": "52203"}}, "sample 1, <vis> 1: RLE run lengths"),
         ({"type": "mask", "mask": [[1, 1, 5, 5]]}, "sample 1, <vis> 1: .*2 points"),
         (box_item(image=3), "sample 1, <vis> 1: belongs to image 3"),
-        ({"type": "point", "point": [1, 2]}, "sample 1, turn 0: .*type 'point'"),
+        ({"type": "depth", "depth": 3}, "sample 1, turn 0: .*type 'depth'"),
         ("loose words", "sample 1, turn 0: content item loose words"),
         ({"type": "text", "text": 3}, "sample 1, turn 0: text item holds 3"),
     ],
@@ -419,8 +474,8 @@ def test_signals_need_their_picture(processor, image):
         ({"boxes": [[BOX, BOX], [BOX]]}, "sample 0: 2 boxes for 1 <vis>"),
         ({"boxes": [[BOX], []]}, "sample 1: 0 boxes for 1 <vis>"),
         ({"boxes": [[BOX]]}, "`boxes` holds 1 lists for 2 texts"),
-        ({"boxes": [[BOX], [None]]}, "sample 1, <vis> 0: carries neither a box nor a mask"),
-        ({}, "sample 0, <vis> 0: carries neither a box nor a mask"),
+        ({"boxes": [[BOX], [None]]}, "sample 1, <vis> 0: carries no signal; expected at least one of box, mask, point"),
+        ({}, "sample 0, <vis> 0: carries no signal"),
         ({"boxes": [[BOX], [BOX]], "masks": [[None], []]}, "sample 1: 0 masks for 1 <vis>"),
         ({"boxes": [[BOX], ["tight"]]}, "sample 1, <vis> 0: box 'tight' is not"),
     ],
@@ -678,6 +733,8 @@ def generated(processor, answers, prompt="<image>Where?", grid=8, images=1):
         "sequences": sequences,
         "boxes": torch.zeros(*shape, 4),
         "mask_logits": torch.full((*shape, grid, grid), -1.0),
+        "points": torch.zeros(*shape, 2),
+        "object_point_scores": torch.zeros(shape),
         "object_scores": torch.zeros(shape),
         "object_mask_scores": torch.zeros(shape),
         "object_valid": torch.zeros(shape, dtype=torch.bool),
@@ -692,6 +749,8 @@ def generated(processor, answers, prompt="<image>Where?", grid=8, images=1):
             output["boxes"][row, slot] = torch.tensor([0.25, 0.25, 0.5, 0.5 + 0.1 * slot])
             output["object_scores"][row, slot] = 0.9 - 0.2 * slot
             output["object_mask_scores"][row, slot] = 0.5
+            output["points"][row, slot] = torch.tensor([0.3, 0.4])
+            output["object_point_scores"][row, slot] = 0.25
             output["mask_logits"][row, slot, 2:4, 2:4] = 1.0
     return output
 
@@ -709,10 +768,12 @@ def test_answers_become_objects(processor):
     # 100 x 60 lies 20 pixels down in a square of 100
     torch.testing.assert_close(first["boxes"][0], torch.tensor([25.0, 5.0, 50.0, 30.0]))
     assert [set(found) for found in first["objects"]] == [
-        {"phrase", "span", "box", "score", "mask_score", "mask", "image"}
+        {"phrase", "span", "box", "score", "mask_score", "mask", "point_score", "point", "image"}
     ] * 3
     found = first["objects"][0]
     assert found["box"] == [25.0, 5.0, 50.0, 30.0] and all(type(value) is float for value in found["box"])
+    assert found["point"] == pytest.approx([30, 20], abs=1e-4) and found["point_score"] == 0.25
+    assert first["points"].shape == (3, 2) and empty["points"].shape == (0, 2)
     assert type(found["score"]) is type(found["mask_score"]) is float and found["image"] == 0
     assert found["score"] == pytest.approx(0.9) and found["mask_score"] == 0.5
     assert first["masks"].shape == (3, 60, 100) and first["masks"].dtype == torch.bool
@@ -790,7 +851,16 @@ def test_forms_of_masks_and_targets(processor):
 def test_without_sizes_the_square_is_returned(processor):
     result = processor.post_process_generation(generated(processor, ["<vis>"]))[0]
     assert result["objects"][0]["box"] == [0.25, 0.25, 0.5, 0.5]
+    assert result["objects"][0]["point"] == pytest.approx([0.3, 0.4])
     assert result["masks"].shape == (1, 8, 8) and result["masks"].sum() == 4
+
+
+def test_a_model_without_a_signal_has_none_of_its_results(processor):
+    output = generated(processor, ["<vis>"])
+    without = {name: value for name, value in output.items() if "point" not in name}
+    result = processor.post_process_generation(without, [(60, 100)])[0]
+    assert "points" not in result and not {"point", "point_score"} & set(result["objects"][0])
+    assert list(result["objects"][0]) == ["phrase", "span", "box", "score", "mask_score", "mask", "image"]
 
 
 def test_weak_objects_are_dropped(processor):
@@ -863,6 +933,8 @@ def test_pipeline_calls(emitting, image, tmp_path):
     for result in same:
         assert result["text"] == single["text"]
         torch.testing.assert_close(result["boxes"], single["boxes"], atol=0.01, rtol=0)
+    clicked = emitting({"image": image, "text": "What is this?", "point": [30, 20]}, **kwargs)
+    assert clicked["points"].shape == (len(clicked["objects"]), 2) and len(clicked["objects"][0]["point"]) == 2
     asked = emitting({"image": image, "text": "What is this?", "box": BOX}, mask_format="rle", **kwargs)
     assert asked["objects"][0]["mask"]["size"] == [HEIGHT, WIDTH]
     beams = emitting(image, "the red cup", max_new_tokens=3, num_beams=2, num_return_sequences=2)
@@ -900,9 +972,9 @@ def test_pipeline_keeps_boxes_exact_in_bfloat16(tiny_model_dir, image, monkeypat
 
 
 def test_pipeline_refuses_what_it_cannot_read(pipe, image):
-    with pytest.raises(ValueError, match="expected a picture and a text"):
+    with pytest.raises(ValueError, match="expected an image and a text"):
         pipe({"picture": image})
-    with pytest.raises(ValueError, match="2 texts were given for 1 pictures"):
+    with pytest.raises(ValueError, match="2 texts were given for 1 images"):
         pipe([image], ["a", "b"])
     with pytest.raises(ValueError, match="contains <vis>"):
         pipe(image, "what is <vis>?")

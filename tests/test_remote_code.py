@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 
@@ -28,10 +35,20 @@ AUTO_MAP = {
     "AutoConfig": "configuration_perceptiongpt.PerceptionGPTConfig",
     "AutoModel": "modeling_perceptiongpt.PerceptionGPTModel",
     "AutoModelForImageTextToText": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_perceptiongpt.PerceptionGPTForConditionalGeneration",
     "AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor",
 }
 HAS_CHECKPOINT = (ROOT / "config.json").exists()
 FOLDERS = ("first", "again", "merged", "odd", "remote", "remote_merged", "remote_again", "package_after_remote")
+GENERATED = (
+    "sequences",
+    "boxes",
+    "mask_logits",
+    "points",
+    "object_scores",
+    "object_mask_scores",
+    "object_point_scores",
+)
 ODD_NAME = "7b tïny-model v1.0 (copy)"
 
 
@@ -66,7 +83,7 @@ def load(folder, **kwargs) -> tuple:
 @torch.no_grad()
 def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
     """
-    All that a folder says through the four Auto classes and the pipeline, as one flat dict of tensors. The library asks
+    All that a folder says through the five Auto classes and the pipeline, as one flat dict of tensors. The library asks
     for trust in the folder's pipeline even where the package is installed, unless its class is given.
     """
     config = AutoConfig.from_pretrained(folder, **kwargs)
@@ -75,7 +92,8 @@ def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
         questions(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     base = AutoModel.from_pretrained(folder, **kwargs).eval()
-    assert [type(part).__name__ for part in (config, base, model, processor)] == [
+    multimodal = AutoModelForMultimodalLM.from_pretrained(folder, **kwargs)
+    assert [type(part).__name__ for part in (config, base, model, multimodal, processor)] == [
         name.split(".")[1] for name in AUTO_MAP.values()
     ]
     output = model(**inputs)
@@ -88,8 +106,8 @@ def answers(folder, pipeline_class=None, **kwargs) -> dict[str, torch.Tensor]:
     found = {
         "base": base(**inputs).last_hidden_state,
         **{f"inputs.{name}": value for name, value in inputs.items()},
-        **{f"forward.{name}": output[name] for name in ("logits", "pred_boxes", "pred_mask_logits", "pred_box_iou")},
-        **{f"generate.{name}": generated[name] for name in ("sequences", "boxes", "mask_logits", "object_scores")},
+        **{f"forward.{name}": output[name] for name in output if name == "logits" or name.startswith("pred_")},
+        **{f"generate.{name}": generated[name] for name in GENERATED if name in generated},
         **{f"results.{row}.{name}": result[name] for row, result in enumerate(results) for name in ("boxes", "masks")},
         **{f"pipeline.{name}": piped[name] for name in ("boxes", "masks", "scores")},
     }

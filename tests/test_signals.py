@@ -1,10 +1,12 @@
 """The signals behind the seam: what each file of the table must offer, and the formulas against independent ones."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +14,8 @@ from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from perceptiongpt.configuration_perceptiongpt import PerceptionGPTConfig, PerceptionGPTMaskConfig
+from perceptiongpt.data.schema import row_features
+from perceptiongpt.geometry_perceptiongpt import encode_rle
 from perceptiongpt.signal_box_perceptiongpt import BoxDecoder, box_iou_and_giou
 from perceptiongpt.signal_mask_perceptiongpt import (
     MaskDecoder,
@@ -37,8 +41,24 @@ def random_masks(count: int, seed: int = 0) -> torch.Tensor:
     return (noise > torch.linspace(0.2, 0.9, count)[:, None, None]).to(torch.uint8)
 
 
-# A new signal: one line here.
-RANDOM_VALUES = {"box": random_boxes, "mask": random_masks}
+def random_points(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
+
+
+HEIGHT, WIDTH = 60, 100
+SQUARE = np.zeros((HEIGHT, WIDTH), dtype=bool)
+SQUARE[10:40, 20:70] = True
+# A new signal: one line in each of these. Values on the square; one in pixels of an image, as a user gives it and as it
+# is stored; what is refused.
+RANDOM_VALUES = {"box": random_boxes, "mask": random_masks, "point": random_points}
+USER_VALUES = {"box": [10, 20.5, 50, 45], "mask": SQUARE, "point": [33.25, 7]}
+STORED_VALUES = {"box": [10, 20.5, 50, 45], "mask": encode_rle(SQUARE), "point": [33.25, 7]}
+OVERHANGING_VALUES = {"box": [-0.5, 20.0, 50.0, 60.5], "point": [100.5, -1.0]}
+REFUSED_VALUES = {
+    "box": [[1, 2, 3], [1, 2, 3, float("nan")], [5, 5, 1, 9], [1, 2, 3, 70], "tight", None],
+    "mask": [np.zeros((HEIGHT, WIDTH), dtype=bool), SQUARE.T, {"size": [60, 100], "counts": "?"}],
+    "point": [[1], [1, 2, 3], ["a", 2], [float("inf"), 3], [101.5, 3], [3, 62], 7],
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +136,7 @@ def test_every_parameter_of_a_signal_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_predicted_iou_teaches_only_itself(model, name):
+def test_the_predicted_quality_teaches_only_itself(model, name):
     states = random_states(model, 3)
     predictions, iou = (part.detach().requires_grad_() for part in decode(model, name, states))
     _, iou_loss = SIGNALS[name].loss(model.config, predictions, iou, RANDOM_VALUES[name](3))
@@ -135,6 +155,78 @@ def test_padding_is_harmless(model, name):
     assert all(part.isfinite().all() for part in (*losses, embeddings))
 
 
+def test_names_are_unique():
+    names = [
+        name
+        for signal in SIGNALS.values()
+        for name in (
+            signal.name,
+            *signal.input_names,
+            *signal.prediction_names,
+            *signal.result_names[1:],
+            signal.score_name,
+            signal.count_name,
+            signal.loss_name,
+            signal.config_key,
+        )
+    ]
+    assert len(names) == len(set(names))
+    assert [name for name, signal in SIGNALS.items() if name != signal.name] == []
+    assert [name for name, signal in SIGNALS.items() if signal.fed_back] == ["box"]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_users_value_goes_in_and_comes_out(name):
+    """Parsed onto the square and presented again it is what it was, but for the grid of a mask."""
+    signal = SIGNALS[name]
+    values = signal.empty(1, 2, MASK_SIZE)
+    values[0, 1] = signal.parse(USER_VALUES[name], HEIGHT, WIDTH, MASK_SIZE)
+    assert not values[0, 0].any() and values.dtype == RANDOM_VALUES[name](1).numpy().dtype
+    as_predicted = torch.from_numpy(values[0]).float() - (0.5 if name == "mask" else 0)
+    together, each = signal.present(as_predicted, (HEIGHT, WIDTH), "bool")
+    assert len(together) == len(each) == 2
+    if name == "mask":
+        wrong = np.asarray(each[1]) != SQUARE
+        assert wrong.sum() < 0.15 * SQUARE.sum()
+        assert signal.present(as_predicted, None, "bool")[0].shape == (2, MASK_SIZE, MASK_SIZE)
+    else:
+        assert each[1] == pytest.approx(USER_VALUES[name], abs=1e-4)
+        torch.testing.assert_close(together[1], torch.tensor(each[1]))
+        torch.testing.assert_close(signal.present(as_predicted, None, None)[0], as_predicted)
+    nothing, no_one = signal.present(as_predicted[:0], (HEIGHT, WIDTH), "rle")
+    assert len(nothing) == len(no_one) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in REFUSED_VALUES.items() for value in values]
+)
+def test_a_value_that_cannot_be_is_refused(name, value):
+    with pytest.raises(ValueError, match=name if name != "mask" else "(?i)mask|RLE"):
+        SIGNALS[name].parse(value, HEIGHT, WIDTH, MASK_SIZE)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_stored_values_are_checked(name):
+    signal = SIGNALS[name]
+    value, clipped = signal.check_column(STORED_VALUES[name], HEIGHT, WIDTH)
+    assert value == STORED_VALUES[name] and not clipped
+    assert signal.check_column(STORED_VALUES[name], math.inf, math.inf) == (value, False)
+    if name in OVERHANGING_VALUES:
+        value, clipped = signal.check_column(OVERHANGING_VALUES[name], HEIGHT, WIDTH)
+        assert clipped and max(abs(a - b) for a, b in zip(value, OVERHANGING_VALUES[name], strict=True)) <= 1
+        assert signal.check_column(value, HEIGHT, WIDTH) == (value, False)
+    with pytest.raises(ValueError, match="size|outside"):
+        signal.check_column(STORED_VALUES[name], 5, 5)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_has_a_column(name):
+    (stored,) = Dataset.from_dict(
+        {"a": [[STORED_VALUES[name], None]]}, Features({"a": row_features()[SIGNALS[name].plural]})
+    )
+    assert stored["a"] == [STORED_VALUES[name], None]
+
+
 def test_results_are_named_and_scored():
     fields = {}
     for signal in SIGNALS.values():
@@ -144,7 +236,8 @@ def test_results_are_named_and_scored():
         assert any(torch.equal(part, values) for part in result.values())
         assert any(torch.equal(part, probability * iou) for part in result.values())
         fields |= result
-    assert set(fields) == {"boxes", "object_scores", "mask_logits", "object_mask_scores"}
+    names = ["boxes", "object_scores", "mask_logits", "object_mask_scores", "points", "object_point_scores"]
+    assert list(fields) == names
 
 
 def test_no_batch_norm(model):
@@ -274,6 +367,28 @@ def test_boxes_are_never_rounded(model):
     predictions, _ = decode(model, "box", random_states(model, 500))
     assert len(predictions[:, 0].unique()) == 500
     assert ((predictions * 1000).frac() - 0.5).abs().max() > 0.45 and (predictions * 1000 % 1).std() > 0.2
+
+
+# ---- points ----------------------------------------------------------------------------------------------------------
+
+
+def test_point_loss_of_each_point(model):
+    config = model.config.point_config
+    predictions, targets, score = random_points(9, 3), random_points(9, 4), torch.rand(9)
+    loss, score_loss = SIGNALS["point"].loss(model.config, predictions, score, targets)
+    for index in range(9):
+        x, y = (predictions[index] - targets[index]).tolist()
+        assert loss[index].item() == pytest.approx(config.l1_weight * (abs(x) + abs(y)), abs=TOLERANCE)
+        deserved = math.exp(-math.hypot(x, y) / config.score_scale)
+        expected = config.score_weight * (score[index].item() - deserved) ** 2
+        assert score_loss[index].item() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_points_lie_in_the_square_for_any_state(model):
+    states = random_states(model, 64) * torch.logspace(-30, 30, 64)[:, None]
+    points, score = decode(model, "point", states)
+    assert points.dtype == torch.float32 and points.isfinite().all() and score.isfinite().all()
+    assert (points >= 0).all() and (points <= 1).all()
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

@@ -10,18 +10,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from backbones import TINY_SIGNALS
-from drawn_rows import drawn_rows
-from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
+from drawn_rows import drawn_coco_folder, drawn_rows
+from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.collator import PerceptionCollator, group_rows_by_image
+from perceptiongpt.data.schema import decode_rle
+from perceptiongpt.signals_perceptiongpt import SIGNALS
+from perceptiongpt.training.adapters import own_modules, parameter_table
+from perceptiongpt.training.answers import mean_scores, score_answer
+from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe
+from perceptiongpt.training.trainer import TRAINING_DEFAULTS, PerceptionTrainer
 from processes import free_port, run_two_processes
+
+
+LOSS_TERMS = ("loss_lm", *(f"loss_{name}" for name in SIGNALS), "loss_iou")
 
 
 class KeepGradients(TrainerCallback):
@@ -35,6 +48,15 @@ class KeepGradients(TrainerCallback):
         control.should_log = True
 
 
+def rows_with_targets(images: int) -> list[dict]:
+    """Drawn rows in which every signal has targets."""
+    rows = drawn_rows(images)
+    for row in rows[::5]:
+        x0, y0, x1, y1 = row["boxes"][0]
+        row["points"] = [[(x0 + x1) / 2, (y0 + y1) / 2]]
+    return rows
+
+
 def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, dict]:
     """Losses and gradients (by name) of the first step of a full fine-tuning."""
     model = PerceptionGPTForConditionalGeneration.from_pretrained(folder)
@@ -43,14 +65,14 @@ def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, 
     arguments = {"use_cpu": True, "max_grad_norm": 0.0, "seed": 3, "disable_tqdm": True, **arguments}
     trainer = training.PerceptionTrainer(
         model=training.add_adapter(model, "full", train_vision_tower=True),
-        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, **arguments}),
+        args=TrainingArguments(output, **{**TRAINING_DEFAULTS, **arguments}),
         data_collator=PerceptionCollator(processor),
-        train_dataset=drawn_rows(4) if rows is None else rows,
+        train_dataset=rows_with_targets(4) if rows is None else rows,
         processing_class=processor,
         callbacks=[keep],
     )
     trainer.train()
-    losses = {key: trainer.state.log_history[0][key] for key in ("loss", *training.LOSS_TERMS)}
+    losses = {key: trainer.state.log_history[0][key] for key in ("loss", *LOSS_TERMS)}
     return losses, keep.gradients
 
 
@@ -100,14 +122,14 @@ def test_two_processes_equal_one(tiny_model_dir, tmp_path, whole_batch):
 def evaluate(folder: str, output: str, **arguments) -> dict:
     """Evaluation metrics of an untrained model on drawn rows."""
     processor = PerceptionGPTProcessor.from_pretrained(folder)
-    rows = drawn_rows(2)
+    rows = rows_with_targets(2)
     trainer = training.PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(folder),
-        args=TrainingArguments(output, **{**training.TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
+        args=TrainingArguments(output, **{**TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
         data_collator=PerceptionCollator(processor),
         eval_dataset=rows,
         processing_class=processor,
-        generation_rows=[row for row in rows if row["task"] != "dialogue" and row["masks"] != [None]],
+        generation_rows=[row for row in rows if row["task"] != "dialogue"],
         generate_batch_size=2,
         generate_tokens=3,
     )
@@ -118,9 +140,67 @@ def evaluate(folder: str, output: str, **arguments) -> dict:
 
 def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
     one, three = (evaluate(tiny_model_dir, str(tmp_path), per_device_eval_batch_size=size) for size in (1, 3))
-    assert {f"eval_{name}" for name in ("loss", *training.LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
+    assert {f"eval_{name}" for name in ("loss", *LOSS_TERMS, "emission", "acc@0.5", "mask_miou")} <= set(one)
     assert one == pytest.approx(three, abs=1e-5)
-    assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in training.LOSS_TERMS))
+    assert one["eval_loss"] == pytest.approx(sum(one[f"eval_{name}"] for name in LOSS_TERMS))
+
+
+def test_evaluation_divides_as_training_does(tiny_model_dir, tmp_path):
+    """Where only boxes are known, where only masks are, and where both are."""
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    for number, chosen in enumerate(([1], [2], [0, 1, 2, 3])):
+        rows = [row for picture in (0, 1) for row in np.take(rows_with_targets(2)[5 * picture :], chosen)]
+        trainer = PerceptionTrainer(
+            model=model,
+            args=TrainingArguments(str(tmp_path / str(number)), **TRAINING_DEFAULTS, use_cpu=True),
+            data_collator=PerceptionCollator(processor),
+            eval_dataset=rows,
+            processing_class=processor,
+        )
+        found = trainer.evaluate()
+        with torch.no_grad():
+            expected = model(**PerceptionCollator(processor).for_evaluation()(rows))
+        for name in ("loss", *LOSS_TERMS):
+            assert found[f"eval_{name}"] == pytest.approx(expected[name].item(), abs=1e-5), name
+
+
+def test_nothing_is_float64_on_the_device(tiny_model_dir, tmp_path, monkeypatch):
+    """Apple's GPUs have no float64."""
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    rows = drawn_rows(1)
+    trainer = PerceptionTrainer(
+        model=PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir),
+        args=TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True, max_steps=1, disable_tqdm=True),
+        data_collator=PerceptionCollator(processor),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor,
+        generation_rows=rows[:1],
+        generate_tokens=2,
+    )
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            seen.update(value.dtype for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+            return result
+
+    def watched(function):
+        def call(*args, **kwargs):
+            with Watch():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("count_targets", "compute_loss"):
+        monkeypatch.setattr(trainer, name, watched(getattr(trainer, name)))
+    reduce = trainer.accelerator.reduce
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda sums, how: seen.add(sums.dtype) or reduce(sums, how))
+    trainer.train()
+    trainer.evaluate()
+    assert torch.float32 in seen and torch.int64 in seen and torch.float64 not in seen
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -128,32 +208,12 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_model_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory):
-    """A COCO folder of drawn pictures: 3 pictures, 3 objects each of 2 categories."""
-    folder = tmp_path_factory.mktemp("coco")
-    images, annotations = [], []
-    for picture, row in enumerate(drawn_rows(3)[3::5]):
-        row["image"].save(folder / f"{picture}.png")
-        images.append({"id": picture, "file_name": f"{picture}.png", "width": row["width"], "height": row["height"]})
-        for index, (x0, y0, x1, y1) in enumerate(row["boxes"][1:]):
-            annotations.append(
-                {
-                    "id": len(annotations),
-                    "image_id": picture,
-                    "category_id": index % 2,
-                    "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-                }
-            )
-    categories = [{"id": index, "name": name} for index, name in enumerate(("bar", "block", "ball"))]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content))
-    return folder
+    return drawn_coco_folder(tmp_path_factory.mktemp("coco"))
 
 
 def make_recipe(coco_folder: Path, model: dict, mode: str = "lora", **arguments) -> dict:
     source = {"annotations": str(coco_folder / "instances.json"), "images": str(coco_folder)}
-    return training.complete_recipe(
+    return complete_recipe(
         {
             "model": model,
             "adapter": {"mode": mode, "rank": 4},
@@ -177,9 +237,8 @@ def state_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("mode", "pack"), [("lora", None), ("full", 3)])
 def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_path, mode, pack):
-    arguments = {"max_steps": 8, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    if pack:
-        arguments["per_device_train_batch_size"] = 1
+    arguments = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    arguments["per_device_train_batch_size"] = 3 if pack else 8
     recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, mode, **arguments)
     recipe["collator"]["pack"] = pack
     recipe["adapter"]["dropout"] = 0.1  # the torch generator's state must come back too
@@ -191,7 +250,7 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
 
     class Kill(training.PerceptionTrainer):
         def training_step(self, *args, **kwargs):
-            if self.state.global_step == 6:
+            if self.state.global_step == 3:
                 raise Killed
             return super().training_step(*args, **kwargs)
 
@@ -210,15 +269,14 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("mode", ["lora", "heads"])
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("llama_tied", "lora"), ("llama_tied", "heads")])
 def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family, mode):
     model, processor = make_tiny_model(family)
     base = tmp_path / "base"
     model.save_pretrained(base)
     processor.save_pretrained(base)
     before = state_of(base)
-    recipe = make_recipe(coco_folder, {"checkpoint": str(base)}, mode, max_steps=20)
+    recipe = make_recipe(coco_folder, {"checkpoint": str(base)}, mode, max_steps=3)
     trainer = training.train(recipe, tmp_path / "run")
     after = state_of(tmp_path / "run")
     assert before.keys() == after.keys()
@@ -239,10 +297,10 @@ def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family
     assert not any("vision_tower" in name for name in moved)
     projections = [name for name in moved if ".language_model.layers." in name]
     if mode == "lora":
-        assert {name.split(".")[-2] for name in projections} == set(training.LORA_TARGETS)
+        assert {name.split(".")[-2] for name in projections} == set(LORA_TARGETS)
     else:
         assert not projections
-    assert set(training.own_modules(model)) <= parts
+    assert set(own_modules(model)) <= parts
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert (tmp_path / "run/losses.png").exists() and Image.open(tmp_path / "run/losses.png").width > 500
     inputs = PerceptionCollator(processor)(drawn_rows(1))
@@ -326,7 +384,7 @@ def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):
     groups = group_rows_by_image(rows, 5)
     processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
     model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
-    args = TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True)
+    args = TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True)
     counts = []
     for batch in (
         PerceptionCollator(processor, model.config, pack=5)([groups[0], groups[1]]),
@@ -336,21 +394,21 @@ def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):
             model=model, args=args, data_collator=PerceptionCollator(processor), processing_class=processor
         )
         counts.append(trainer.count_targets([batch]).tolist())
-    # Per picture 1 + 1 + 1 + 3 answers; the second has no mask, the third's box is its mask's.
-    assert counts[0] == counts[1] and counts[0][1:] == [12, 10]
+    # Per image 1 + 1 + 1 + 3 answers; the second has no mask, the third's box is its mask's.
+    assert counts[0] == counts[1] and counts[0][1:3] == [12, 10]
 
 
 def test_coordinates_stay_float32_where_inputs_are_cast(tiny_model_dir, tmp_path, monkeypatch):
     processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
     trainer = training.PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir),
-        args=TrainingArguments(str(tmp_path), **training.TRAINING_DEFAULTS, use_cpu=True),
+        args=TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True),
         data_collator=PerceptionCollator(processor),
         processing_class=processor,
     )
     batch = PerceptionCollator(processor)(drawn_rows(1))
     cast = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
-    monkeypatch.setattr(training.Trainer, "_prepare_inputs", lambda self, inputs: dict(cast))  # as under DeepSpeed
+    monkeypatch.setattr(Trainer, "_prepare_inputs", lambda self, inputs: dict(cast))  # as under DeepSpeed
     prepared = trainer._prepare_inputs(batch)
     assert prepared["pixel_values"].dtype == torch.bfloat16
     assert torch.equal(prepared["boxes"], batch["boxes"]) and torch.equal(prepared["boxes_noise"], batch["boxes_noise"])
@@ -363,7 +421,7 @@ def test_parameter_table_counts_what_is_trained(tiny_model):
     model, _ = tiny_model
     size = sum(parameter.numel() for parameter in model.parameters())
     adapted = training.add_adapter(model, "lora", rank=4)
-    table = {part: (trainable, total) for part, trainable, total in training.parameter_table(adapted)}
+    table = {part: (trainable, total) for part, trainable, total in parameter_table(adapted)}
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert table["all"] == (trainable, size + table["language_model (LoRA)"][1] + table["rows of added tokens"][1])
     assert table["language_model"][0] == table["vision_tower"][0] == table["lm_head"][0] == 0
@@ -373,29 +431,75 @@ def test_parameter_table_counts_what_is_trained(tiny_model):
         training.add_adapter(model, "lora", train_vision_tower=True)
 
 
-@pytest.mark.parametrize(("layers", "hidden", "mlp", "heads"), [(32, 4096, 11008, 32), (40, 5120, 13824, 40)])
-def test_shares_of_trainable_parameters_at_vicuna_shapes(layers, hidden, mlp, heads):
-    text = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064}
-    for targets, limit in ((training.LORA_TARGETS, 0.029), (("q_proj", "v_proj"), 0.015)):
-        with torch.device("meta"):
-            model = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(text_config=dict(text)))
-            model = training.add_adapter(model, "lora", rank=32, target_modules=targets)
-        _, trainable, total = training.parameter_table(model)[-1]
-        assert 0 < trainable / total <= limit
+@pytest.mark.parametrize("family", ["convnextv2", "swin", "resnet", "hiera", "mobilenet_v2"])
+def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, family):
+    """One without a gradient would stop training in several processes: parts behind the last map are frozen."""
+    model, processor = make_tiny_model(vision=family, image_size=32, image_grid=4, mask_grid=8, feature_size=24)
+    training.add_adapter(model, "full", train_vision_tower=True).train()
+    assert "vision_stages" in own_modules(model)
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    model(**PerceptionCollator(processor)(drawn_rows(1))).loss.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not without and len(frozen) < 5
+    assert any("conv_1x1" in name for name in frozen) == (family == "mobilenet_v2")
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_what_trains_is_float32(tiny_model_dir, coco_folder, tmp_path, capsys, mode):
+    """Over bfloat16 weights, and computed in bfloat16: updates below a bfloat16's resolution are kept."""
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir, "dtype": "bfloat16"}, mode, max_steps=2)
+    recipe["training"] |= {"learning_rate": 1e-6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    computed, trained = set(), []
+
+    class Watched(PerceptionTrainer):
+        def training_step(self, model, *args, **kwargs):
+            modules = dict(model.named_modules())
+            if not trained:
+                (mlp,) = (module for name, module in modules.items() if name.endswith("language_model.layers.0.mlp"))
+                mlp.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+            trained.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+            return super().training_step(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "PerceptionTrainer", Watched)
+        training.train(recipe, tmp_path)
+    assert computed == {torch.bfloat16}
+    assert {value.dtype for value in trained[0].values()} == {torch.float32}
+    moments = torch.load(tmp_path / "checkpoint-2/optimizer.pt")["state"].values()
+    assert {moment[name].dtype for moment in moments for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    first, second = ([value for name, value in step.items() if "projector" in name] for step in trained)
+    moved = torch.cat([(a != b).flatten() for a, b in zip(first, second, strict=True)]).float().mean()
+    assert moved > 0.9  # each by about 1e-6, of weights of about 0.1
+    table = capsys.readouterr().out
+    assert "dtype of what trains" in table and "float32" in table and "bfloat16" not in table
+    # What is saved has the dtype that was asked for; signals stay float32.
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["lm_head.weight"].dtype == saved["model.multi_modal_projector.linear_1.weight"].dtype == torch.bfloat16
+    assert saved["model.box_decoder.linear_1.weight"].dtype == torch.float32
+
+
+def test_smoothed_labels_are_refused(coco_folder):
+    with pytest.raises(ValueError, match="label_smoothing_factor is not supported"):
+        make_recipe(coco_folder, {"checkpoint": "x"}, label_smoothing_factor=0.1)
 
 
 def test_scores_of_answers():
-    refer, *_, no_target = drawn_rows(1)
-    mask = training.decode_rle(refer["masks"][0]).astype(bool)
+    refer, box_only, mask_only, _, no_target = drawn_rows(1)
+    mask = decode_rle(refer["masks"][0]).astype(bool)
     right = {"objects": [{"box": refer["boxes"][0], "mask": mask}]}
-    assert training.score_answer(refer, right) == [1, 1, 1, 1, 1, 1]
-    assert training.score_answer(refer, {"objects": []}) == [1, 0, 1, 0, 0, 0]
+    assert score_answer(refer, right) == [1, 1, 1, 1, 1, 1, 1]
+    assert score_answer(refer, {"objects": []}) == [1, 0, 1, 0, 0, 1, 0]
     x0, y0, x1, y1 = refer["boxes"][0]
     half = {"objects": [{"box": [x0, y0, (x0 + x1) / 2, y1], "mask": ~mask}] * 2}
-    assert training.score_answer(refer, half) == [1, 0, 1, 1, 0, 0]
-    assert training.score_answer(no_target, {"objects": []}) == [1, 1, 0, 0, 0, 0]
-    assert training.score_answer(no_target, right) == [1, 0, 0, 0, 0, 0]
+    assert score_answer(refer, half) == [1, 0, 1, 1, 0, 1, 0]
+    # A row whose answer has no mask, or no box, says nothing about masks, or boxes.
+    assert score_answer(box_only, {"objects": [{"box": box_only["boxes"][0], "mask": mask}]}) == [1, 1, 1, 1, 1, 0, 0]
+    mask = decode_rle(mask_only["masks"][0]).astype(bool)
+    assert score_answer(mask_only, {"objects": [{"box": [0, 0, 1, 1], "mask": mask}]}) == [1, 1, 0, 0, 0, 1, 1]
+    assert score_answer(no_target, {"objects": []}) == [1, 1, 0, 0, 0, 0, 0]
+    assert score_answer(no_target, right) == [1, 0, 0, 0, 0, 0, 0]
+    assert mean_scores([4, 3, 2, 2, 1, 0, 0]) == {"emission": 0.75, "acc@0.5": 1, "acc@0.75": 0.5}
 
 
 def test_recipe_overrides_and_numbers(tmp_path):
@@ -462,7 +566,7 @@ def test_outputs_that_cannot_be_used(tiny_model_dir, coco_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written to"):
         training.train(recipe, tmp_path / "file" / "run")
-    with pytest.raises(ValueError, match="no checkpoint-"):
+    with pytest.raises(ValueError, match="no complete checkpoint-"):
         training.train(recipe, tmp_path / "new", resume=True)
     (tmp_path / "used/checkpoint-5").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds a checkpoint already; give --resume"):

@@ -1,9 +1,8 @@
-"""validate.py: samples, answers that survive a kill, intervals, calibration, comparison, files for the Hub."""
+"""validate.py: runs with a model or given predictions, stopped and continued runs, comparison, files for the Hub."""
 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,28 +12,40 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import parse_eval_result_entries
+from huggingface_hub import constants, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from perceptiongpt import reporting, scoring, validate
-from perceptiongpt.predict import InputError
+from metric_inputs import made_sample, mini_arguments, perfect, samples_of, write_lines
+from perceptiongpt import validate
+from perceptiongpt.drawing import SHEET_MARGIN
+from perceptiongpt.evaluation import intervals, reporting
+from perceptiongpt.evaluation import run as evaluation_run
+from perceptiongpt.evaluation.answers import answer, answer_batch, answer_teacher_forced, read_images
+from perceptiongpt.evaluation.benchmarks import find_benchmark
+from perceptiongpt.evaluation.cases import CASE_CELL, draw_case, of_many_images
+from perceptiongpt.evaluation.comparison import paired_differences, read_run
+from perceptiongpt.evaluation.predictions import check_prediction
+from perceptiongpt.evaluation.results import Scorer
+from perceptiongpt.evaluation.samples import read_sample_image
+from perceptiongpt.inference import load
 
 
 WORDS = ("the dog", "every left red cup", "a person", "the zebra on the left")
-SIZE = {"width": 60, "height": 40}
-PICTURES = "coco128/train2017"
+SCENE_TASKS = (
+    "refer detect no_target box_to_mask caption region_caption spotting_caption vqa region_vqa grounded_vqa reasoning "
+    "dialogue"
+).split()
 
 
 @pytest.fixture(scope="session")
 def eager_model_dir(make_tiny_model, tmp_path_factory) -> str:
     """A random model that mostly answers with one `<vis>`, as a trained one would; where it is differs by question."""
     model, processor = make_tiny_model()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     messages = []
     for words in WORDS:
-        items = [{"type": "image", "image": picture}, {"type": "text", "text": f"Find {words}."}]
+        items = [{"type": "image", "image": image}, {"type": "text", "text": f"Find {words}."}]
         answer = {"role": "assistant", "content": [{"type": "box", "box": [5, 5, 30, 30]}]}
         messages.append([{"role": "user", "content": items}, answer])
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
@@ -53,16 +64,15 @@ def eager_model_dir(make_tiny_model, tmp_path_factory) -> str:
 
 @pytest.fixture
 def mini(data_dir) -> list[str]:
-    """The command line of the eight expressions of RefCOCO that are about a photo at hand."""
-    folders = ["--data", str(data_dir / "refcoco_mini"), "--images", str(data_dir / PICTURES)]
-    return ["--benchmark", "refcoco", "--split", "testB", *folders]
+    return mini_arguments(data_dir)
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Leaves out the sheets, which take most of the time."""
+def no_sheets(monkeypatch):
+    """Leaves out the images of cases, which take most of the time, and most resamples."""
     monkeypatch.setattr(reporting, "write_cases", lambda *args: None)
     monkeypatch.setattr(reporting, "plot_calibration", lambda *args: None)
+    monkeypatch.setattr(intervals, "WHOLE_SET_RESAMPLES", 3)
 
 
 def run(*arguments) -> dict:
@@ -70,225 +80,6 @@ def run(*arguments) -> dict:
     arguments = [str(argument) for argument in arguments]
     assert validate.main(arguments) == 0
     return json.loads(Path(arguments[arguments.index("--output") + 1], "summary.json").read_text())
-
-
-def samples_of(*arguments, output="unused") -> list[dict]:
-    options = validate.parse_arguments(["--predictions", "x", "--output", str(output), *map(str, arguments)])
-    spec = validate.find_benchmark(options.benchmark)
-    options.seed = spec["seed"] if options.seed is None else options.seed
-    options.limit = options.limit or spec["limit"]
-    if spec["source"] != "coco":
-        options.split = validate.choose_split(spec, options.split, options.seed)
-    return validate.read_samples(spec, options, validate.Problems())
-
-
-def perfect(sample: dict) -> dict:
-    """The line of a predictions file that is right."""
-    objects = [
-        {"box": box, "mask": mask, "score": 0.9, "mask_score": 0.8, "phrase": "it"}
-        for box, mask in scoring.targets(sample)
-    ]
-    return {"id": sample["id"], "text": scoring.plain_text(sample["answers"][0]["content"]), "objects": objects}
-
-
-def write_lines(path: Path, lines: list) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def rle(mask: np.ndarray) -> dict:
-    return scoring.text_rle(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
-
-
-def rectangle(x0, y0, x1, y1) -> dict:
-    mask = np.zeros((SIZE["height"], SIZE["width"]))
-    mask[y0:y1, x0:x1] = 1
-    return rle(mask)
-
-
-def made_sample(number: int, targets: list, task="refer", text="<vis>", **more) -> dict:
-    boxes, masks = [list(map(float, box)) for box in targets], [rectangle(*box) for box in targets]
-    answers = [{"content": text * len(targets) or "There is no cup.", "boxes": boxes, "masks": masks}]
-    sample = {"id": f"{number}-0", "image_id": str(number), "task": task, "phrase": "cup", "answers": answers, **SIZE}
-    return sample | {"prompt": "Find every cup.", "ten": None, "ignore": None} | more
-
-
-def made_entry(sample: dict, boxes: list, scores=None) -> dict:
-    scores = scores or [0.5] * len(boxes)
-    objects = [
-        {"box": list(map(float, box)), "mask": rectangle(*box), "score": score, "mask_score": score, "phrase": None}
-        for box, score in zip(boxes, scores, strict=True)
-    ]
-    return {"id": sample["id"], "text": "", "objects": objects, "error": None, "finished": True, "tokens": 2, "ms": 1.0}
-
-
-# ---- benchmarks and samples ------------------------------------------------------------------------------------------
-
-
-def test_every_benchmark_names_what_exists():
-    known = validate.read_benchmarks()
-    expected = (
-        "refcoco refcoco+ refcocog grefcoco reasonseg flickr30k_spotting coco_multi_instance coco refcocog_regions"
-    )
-    expected += " visual_genome_regions coco_captions flickr30k_captions vqav2 okvqa pope scenes_bench_1"
-    tasks = set(validate.load_templates()) | {"no_target", "dialogue"}
-    assert set(expected.split()) <= set(known) and {f"scenes_{task}" for task in tasks} <= set(known)
-    for name, spec in known.items():
-        assert set(spec["tasks"]) <= tasks and spec["splits"][0], name
-        module, key = spec["headline"].split("/")
-        assert module in spec["metrics"], name
-        assert key in scoring.METRICS[module].estimates and scoring.METRICS[module].hit, name
-
-
-def test_what_is_wrong_with_a_benchmark_is_said(tmp_path, capsys):
-    cases = {
-        "a: {source: refer, metrics: [box_accuracy], split: [val]}": "unknown key 'split'",
-        "a: {source: nowhere, metrics: [box_accuracy]}": "'nowhere' is none of",
-        "a: {source: refer, metrics: [accuracy]}": "the metric 'accuracy'",
-        "a: {source: refer}": "needs a source and metrics",
-        "[1, 2]": "benchmarks by name",
-        "a: {": "cannot be read as YAML",
-    }
-    for text, message in cases.items():
-        (tmp_path / "own.yaml").write_text(text)
-        with pytest.raises(InputError, match=message):
-            validate.find_benchmark(str(tmp_path / "own.yaml"))
-    with pytest.raises(InputError, match="meant was perhaps .*refcoco"):
-        validate.find_benchmark("refcocoo")
-    assert validate.main(["--benchmark", "refcoco", "--predictions", "x", "--data", str(tmp_path / "none")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
-    assert validate.main(["--benchmark", "refcoco", "--predictions", "x", "--data", str(tmp_path)]) == 2
-    assert "refcoco/refs" in capsys.readouterr().err
-
-
-def test_samples_of_expressions_and_of_regions(mini, data_dir):
-    samples = samples_of(*mini)
-    assert len(samples) == len({sample["id"] for sample in samples}) == 8
-    assert {sample["prompt"] for sample in samples} >= {"Find zebra in the middle."}
-    assert all(sample["messages"][0]["content"] == f"<image>{sample['prompt']}" for sample in samples)
-    assert [sample["id"] for sample in samples_of(*mini, "--limit", 3)] == [sample["id"] for sample in samples[:3]]
-
-    folders = ["--data", data_dir / "refcoco_mini", "--images", data_dir / PICTURES]
-    regions = samples_of("--benchmark", "refcocog_regions", "--split", "val", *folders)
-    assert [len(sample["answers"]) for sample in regions] == [2, 2]  # one sample per region, a reference per sentence
-    assert all(len(sample["boxes"]) == 1 and not scoring.targets(sample) for sample in regions)
-
-
-def test_samples_of_questions_keep_all_ten_answers(data_dir):
-    files = [data_dir / "vqav2" / f"in_stock_{part}.json" for part in ("questions", "annotations")]
-    questions = json.loads(files[0].read_text())["questions"]
-    pictures = {
-        path.stem for folder in ("coco128/train2017", "tiny_coco/train2017") for path in (data_dir / folder).glob("*")
-    }
-    arguments = ["--benchmark", "vqav2", "--data", data_dir, "--annotations", *files]
-    spec, options = (
-        validate.find_benchmark("vqav2"),
-        validate.parse_arguments(["--predictions", "x", *map(str, arguments)]),
-    )
-    options.split, options.seed, options.no_images = "val", 0, True
-    samples = validate.read_samples(spec, options, validate.Problems())
-    assert len(samples) == len(questions) and all(len(sample["ten"]) == 10 for sample in samples) and pictures
-    entries = {sample["id"]: {"text": sample["ten"][0]} for sample in samples}
-    result = scoring.Scorer(spec["metrics"]).score(samples, entries)
-    assert 0.3 < result.metrics["vqa_accuracy"]["accuracy"] <= 1 and not result.missing
-
-
-def test_grounded_captions_are_held_against_all_five(data_dir):
-    folder = data_dir / "flickr30k_entities"
-    names = sorted(path.stem for path in (folder / "Annotations").glob("*.xml"))
-    files = [folder / "Annotations", folder / "Sentences"]
-    arguments = ["--benchmark", "flickr30k_spotting", "--data", folder, "--annotations", *files, "--split"]
-    found = [
-        name for name in ("val", "train", "test") if set((folder / f"{name}.txt").read_text().split()) & set(names)
-    ]
-    samples = samples_of(*arguments, found[0], "--limit", 3)
-    assert all(1 < len(sample["answers"]) <= 5 for sample in samples)
-    boxes = [tuple(box) for box, _ in scoring.targets(samples[0])]
-    assert len(boxes) == len(set(boxes)) > 1
-    scorer = scoring.Scorer({"grounded_caption": None})
-    (pair,) = [scoring.METRICS["grounded_caption"].inputs(samples[0], scorer.check(samples[0], perfect(samples[0])))]
-    assert len(pair["references"]["caption"]) == len(samples[0]["answers"])
-    assert pair["predictions"]["masks"] == pair["references"]["masks"]  # boxes, as rectangles, on both sides
-
-
-def test_a_dialogue_is_asked_up_to_its_last_turn():
-    (sample,) = samples_of("--benchmark", "scenes_dialogue", "--seed", 1_000_123, "--limit", 1)
-    assert [message["role"] for message in sample["messages"]][-1] == "user" and len(sample["messages"]) >= 3
-    slots = sum(message["content"].count("<vis>") for message in sample["messages"])
-    assert len(sample["boxes"]) == len(sample["masks"]) == slots
-    assert reporting.read_picture(sample).size == (sample["width"], sample["height"])
-
-
-@pytest.mark.parametrize("seed, split", [(1_000_123, "test"), (5, "val")])
-def test_any_seed_is_a_test_set_of_its_own(seed, split):
-    arguments = ["--benchmark", "scenes_refer", "--limit", 2, "--seed"]
-    samples = samples_of(*arguments, seed)
-    assert {sample["split"] for sample in samples} == {split}
-    others = samples_of(*arguments, seed + 1)
-    assert [sample["image"]["bytes"] for sample in samples] != [sample["image"]["bytes"] for sample in others]
-
-
-def test_a_prompt_of_ones_own_replaces_the_evaluation_prompt(mini):
-    spec = {**validate.find_benchmark("refcoco"), "prompt": {"refer": "Where is {phrase}?"}}
-    options = validate.parse_arguments(["--predictions", "x", *mini])
-    options.seed = 0
-    (sample, *_) = validate.read_samples(spec, options, validate.Problems())
-    assert sample["prompt"] == "Where is zebra in the middle?"
-    assert sample["messages"][0]["content"] == "<image>Where is zebra in the middle?"
-
-
-def test_folders_of_ones_own_labels(tmp_path, data_dir):
-    instances = json.loads((data_dir / "coco128" / "instances_train2017.json").read_text())
-    name = instances["images"][0]["file_name"]
-    source = data_dir / PICTURES / name
-
-    def make(folder: str, pictures: str, file: str) -> Path:
-        root = tmp_path / folder
-        (root / pictures).mkdir(parents=True, exist_ok=True)
-        (root / file).parent.mkdir(exist_ok=True)
-        shutil.copy(source, root / pictures / name)
-        part = {key: value for key, value in instances.items() if key != "images"} | {"images": instances["images"][:1]}
-        kept = instances["images"][0]["id"]
-        part["annotations"] = [one for one in part["annotations"] if one["image_id"] == kept]
-        (root / file).write_text(json.dumps(part))
-        return root
-
-    for root in (make("a", "photos", "labels.json"), make("b", "", "annotations/instances_val.json")):
-        samples = samples_of("--benchmark", "coco", "--data", root)
-        assert {sample["image_id"] for sample in samples} == {str(instances["images"][0]["id"])}
-    shutil.copy(root / "annotations/instances_val.json", root / "annotations/instances_train.json")
-    assert {one["split"] for one in samples_of("--benchmark", "coco", "--data", root)} == {"val"}
-    labels = root / "annotations/instances_val.json"
-    with_bad_names = json.loads(labels.read_text())
-    for number, bad_name in enumerate(("x" * 300, "../a.jpg", "/a.jpg"), 10**9):
-        with_bad_names["images"].append({"id": number, "file_name": bad_name, "width": 4, "height": 4})
-    (tmp_path / "own.json").write_text(json.dumps(with_bad_names))
-    assert validate.find_coco_images(root, tmp_path / "own.json") == str(root)
-    with pytest.raises(
-        InputError, match="choose one of annotations/instances_train.json, annotations/instances_val.json"
-    ):
-        samples_of("--benchmark", "coco", "--data", root, "--split", "minival")
-    assert samples_of("--benchmark", "coco", "--data", root, "--split", "train")
-    (root / name).unlink()
-    with pytest.raises(InputError, match="none is there; give --images"):
-        samples_of("--benchmark", "coco", "--data", root, "--split", "val")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="no COCO instances json"):
-        samples_of("--benchmark", "coco", "--data", tmp_path / "none")
-
-    # A folder per split with its labels among its pictures, beside other json files.
-    for split in ("train", "valid"):
-        root = make("c", split, f"{split}/_annotations.coco.json")
-    (root / "data.json").write_text("{not json")
-    (root / "valid" / "info.json").write_text("[]")
-    for given, split, folder in ((None, "val", "valid"), ("train", "train", "train")):
-        found = validate.find_coco_files(root, [given] if given else ["val", "test", "train"])
-        assert found == {
-            "annotations": [str(root / folder / "_annotations.coco.json")],
-            "images": str(root / folder),
-            "split": split,
-        }
-    assert samples_of("--benchmark", "coco", "--data", root)
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -306,7 +97,7 @@ def assert_same_numbers(first: dict, second: dict) -> None:
 
 
 def test_batches_and_an_interrupted_run_give_the_same_numbers(
-    mini, eager_model_dir, tmp_path, monkeypatch, no_pictures, capsys
+    mini, eager_model_dir, tmp_path, monkeypatch, no_sheets, capsys
 ):
     model = ["--model", eager_model_dir, "--device", "cpu", *mini]
     by_eight = run(*model, "--output", tmp_path / "eight")
@@ -316,7 +107,7 @@ def test_batches_and_an_interrupted_run_give_the_same_numbers(
     shown = capsys.readouterr().err
     assert f"acc@0.5 {by_eight['metrics']['box_accuracy']['acc@0.5']:.3f}" in shown and "on disk" not in shown
 
-    asked, real = [], validate.answer
+    asked, real = [], evaluation_run.answer
 
     def dies(*args):
         if len(asked) == 4:
@@ -324,17 +115,17 @@ def test_batches_and_an_interrupted_run_give_the_same_numbers(
         asked.extend(sample["id"] for sample in args[2])
         return real(*args)
 
-    monkeypatch.setattr(validate, "answer", dies)
+    monkeypatch.setattr(evaluation_run, "answer", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*model, "--output", tmp_path / "killed", "--batch_size", 2)
     (part,) = (tmp_path / "killed").glob("predictions.*.part")
     assert len(part.read_text().splitlines()) == 4
     with part.open("a") as file:
         file.write('{"id": "154-4", "text": "half a li')  # what a kill leaves of a line
-    monkeypatch.setattr(validate, "answer", lambda *args: asked.extend(s["id"] for s in args[2]) or real(*args))
+    monkeypatch.setattr(evaluation_run, "answer", lambda *args: asked.extend(s["id"] for s in args[2]) or real(*args))
     summary = run(*model, "--output", tmp_path / "killed", "--batch_size", 2)
     assert Counter(asked) == Counter(sample["id"] for sample in samples_of(*mini))  # nothing twice
-    assert "refcoco: 4 of 8 samples are on disk already" in capsys.readouterr().err
+    assert "refcoco: 4 of 8 predictions are on disk already" in capsys.readouterr().err
     assert_same_numbers(by_eight, summary)
     files = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("eight", "killed")]
     assert [json.loads(line)["id"] for line in files[0]] == [json.loads(line)["id"] for line in files[1]]
@@ -371,20 +162,20 @@ def test_a_run_says_how_it_came_about(mini, eager_model_dir, tmp_path):
 
 
 def test_teacher_forced_objects_are_those_of_the_forward_pass(mini, eager_model_dir):
-    model, processor = validate.load(eager_model_dir, "cpu", "float32")
+    model, processor = load(eager_model_dir, "cpu", "float32")
     samples = samples_of(*mini)[:3]
-    images = [reporting.read_picture(sample) for sample in samples]
-    entries = validate.answer_teacher_forced(model, processor, samples, images)
+    images = [read_sample_image(sample) for sample in samples]
+    entries = answer_teacher_forced(model, processor, samples, images)
     assert all(len(entry["objects"]) == 1 and not entry["error"] for entry in entries)
-    free = validate.answer(model, processor, samples, images, 4)
+    free = answer(model, processor, samples, images, 4)
     for forced, own in zip(entries, free, strict=True):  # the first <vis> comes after the same words
         if own["text"] == "" and own["objects"]:
             assert forced["objects"][0]["box"] == pytest.approx(own["objects"][0]["box"], abs=0.05)
             assert forced["objects"][0]["score"] == pytest.approx(own["objects"][0]["score"], abs=1e-4)
 
 
-def test_pictures_that_cannot_be_answered_count_as_wrong(eager_model_dir, tmp_path):
-    model, processor = validate.load(eager_model_dir, "cpu", "float32")
+def test_images_that_cannot_be_answered_count_as_wrong(eager_model_dir, tmp_path):
+    model, processor = load(eager_model_dir, "cpu", "float32")
     files = {"good.png": (60, 40), "thin.png": (2000, 1), "broken.png": None}
     samples = []
     for number, (name, size) in enumerate(files.items()):
@@ -397,21 +188,41 @@ def test_pictures_that_cannot_be_answered_count_as_wrong(eager_model_dir, tmp_pa
         samples.append(sample | {"messages": [{"role": "user", "content": "<image>Find the cup."}], "source": "made"})
 
     def how(batch, images):
-        return validate.answer(model, processor, batch, images, 4)
+        return answer(model, processor, batch, images, 4)
 
-    entries = validate.answer_batch(samples, validate.read_pictures(samples, False), how)
+    entries = answer_batch(samples, read_images(samples, False), how)
     assert entries[0]["error"] is None
     assert entries[1]["error"].startswith("refused by the processor: ")
-    assert entries[2]["error"].startswith("picture cannot be read: ")
-    result = scoring.Scorer({"box_accuracy": None}).score(samples, {entry["id"]: entry for entry in entries})
+    assert entries[2]["error"].startswith("image cannot be read: ")
+    result = Scorer({"box_accuracy": None}).score(samples, {entry["id"]: entry for entry in entries})
     assert result.metrics["box_accuracy"]["n"] == 3
-    assert {"refused by the processor", "picture cannot be read"} <= set(result.missing)
+    assert {"refused by the processor", "image cannot be read"} <= set(result.missing)
+
+
+def test_another_revision_of_a_hub_model_is_another_run(
+    mini, eager_model_dir, tmp_path, monkeypatch, no_sheets, capsys
+):
+    repository = tmp_path / "cache" / "models--owner--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluation_run, "load", lambda name, *args: load(eager_model_dir, "cpu", "float32"))
+    command = ["--model", "owner/tiny", "--device", "cpu", *mini, "--limit", "2", "--output", str(tmp_path / "out")]
+    for commit, status in (("a" * 40, 0), ("a" * 40, 0), ("b" * 40, 2)):
+        (repository / "refs" / "main").write_text(commit)
+        assert validate.main(command) == status
+    assert f"revision '{'a' * 40}', now '{'b' * 40}'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["revision"] == "a" * 40
+    assert validate.main(["--model", "owner/other", *command[2:-1], str(tmp_path / "other")]) == 2
+    assert "--model owner/other: not a checkpoint that can be loaded" in capsys.readouterr().err
 
 
 # ---- given predictions -----------------------------------------------------------------------------------------------
 
 
-def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_pictures):
+def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_sheets):
     samples = samples_of(*mini)
     lines = [perfect(sample) for sample in samples]
     summary = run("--predictions", write_lines(tmp_path / "all", lines), *mini, "--output", tmp_path / "a")
@@ -433,7 +244,7 @@ def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_pict
     assert summary["n"] == 8 and summary["metrics"]["box_accuracy"]["acc@0.5"] == 1 / 8
     assert summary["metrics"]["referring_iou"]["miou"] == 0 and summary["predictions_without_sample"] == 1
     assert summary["missing"] == {
-        "no <vis> in the answer": 1,
+        "no objects in the prediction": 1,
         "answered that there is none": 1,
         "malformed box: box is not four finite numbers": 1,
         "malformed list of objects": 1,
@@ -449,7 +260,7 @@ def test_given_predictions_perfect_missing_and_malformed(mini, tmp_path, no_pict
     assert validate.main(["--predictions", str(path), *mini, "--output", str(tmp_path / "d")]) == 2
 
 
-def test_every_task_of_ones_own_labels_is_perfect_with_perfect_predictions(data_dir, tmp_path, no_pictures):
+def test_every_task_of_ones_own_labels_is_perfect_with_perfect_predictions(data_dir, tmp_path, no_sheets):
     arguments = ["--benchmark", "coco", "--data", data_dir / "tiny_coco", "--limit", 60]
     samples = samples_of(*arguments)
     assert {sample["task"] for sample in samples} == {"refer", "detect", "no_target"}
@@ -482,276 +293,10 @@ def test_every_task_of_ones_own_labels_is_perfect_with_perfect_predictions(data_
     assert summary["calibration"]["no_target"]["n_acc"][1] == 1
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def noisy_set(seed: int, pictures: int = 12) -> tuple[list[dict], dict[str, dict]]:
-    """Samples with none, one or two targets, and predictions of them that are often off."""
-    rng = np.random.default_rng(seed)
-    samples, entries = [], {}
-    for number in range(pictures * 2):
-        boxes = [(5 + 25 * i, 5, 25 + 25 * i, 30) for i in range(number % 3)]
-        task = ("no_target", "refer", "detect")[number % 3]
-        sample = made_sample(number, boxes, task=task, image_id=str(number // 2))
-        moved = [tuple(int(side + step) for side, step in zip(box, rng.integers(-4, 5, 4))) for box in boxes]
-        if rng.random() < 0.3:
-            moved.append((30, 8, 40, 20))
-        if rng.random() < 0.2:
-            moved = []
-        samples.append(sample)
-        entries[sample["id"]] = made_entry(sample, moved, rng.random(len(moved)).tolist())
-    return samples, entries
-
-
-def assert_sums_make_the_numbers(result: scoring.Result, name: str) -> None:
-    """The module's numbers come out of the summed columns, and each lies in its interval."""
-    table = scoring.column_table(list(result.columns[name].values()))
-    sums = {column: values.sum() for column, values in table.items()}
-    for key, estimate in scoring.METRICS[name].estimates.items():
-        value = result.metrics[name][key]
-        assert float(estimate(sums)) == pytest.approx(value, abs=1e-6), (name, key)
-        low, high = result.intervals[name][key]
-        assert low - 1e-9 <= value <= high + 1e-9 and low < high, (name, key)
-
-
-def test_sums_of_columns_make_the_modules_numbers():
-    samples, entries = noisy_set(0)
-    names = {"box_accuracy": None, "referring_iou": None, "generalized_referring": None, "generalized_boxes": None}
-    result = scoring.Scorer(names).score(samples, entries)
-    for name in names:
-        assert_sums_make_the_numbers(result, name)
-    low, high = result.emission["interval"]
-    assert low < result.emission["rate"] < high
-
-
-@pytest.mark.slow  # METEOR is
-def test_sums_of_words_make_bleu_and_meteor_and_a_caption_has_an_interval():
-    words = "a red cup stands on the old wooden table beside two small green apples".split()
-    samples, entries = [], {}
-    for number in range(12):
-        texts = [" ".join(words[number % 3 + i :]) for i in range(2)]
-        answers = [{"content": text, "boxes": [], "masks": []} for text in texts]
-        samples.append(made_sample(number, [], task="caption") | {"answers": answers})
-        text = " ".join(words[: 14 - number] if number % 2 else words[number % 5 :]).replace("stands", "standing")
-        entries[samples[-1]["id"]] = made_entry(samples[-1], []) | {"text": text}
-    result = scoring.Scorer({"caption_scores": None, "grounded_caption": None}).score(samples, entries)
-    assert_sums_make_the_numbers(result, "caption_scores")
-    assert result.intervals["grounded_caption"]["meteor"] == result.intervals["caption_scores"]["meteor"]
-
-
-def test_interval_of_a_share_is_wilsons_and_knows_that_samples_of_a_picture_are_alike():
-    from scipy.stats import binomtest
-
-    hits = np.array([1.0] * 13 + [0.0] * 27)
-    one = np.ones(40)
-    low, high = scoring.share_interval(hits, one, np.arange(40))
-    reference = binomtest(13, 40).proportion_ci(method="wilson")
-    # The design effect of samples that are independent is estimated as n / (n - 1).
-    assert (low, high) == pytest.approx((reference.low, reference.high), abs=3e-3)
-    assert scoring.share_interval(np.zeros(40), one, np.arange(40)) == pytest.approx(
-        list(binomtest(0, 40).proportion_ci(method="wilson")), abs=1e-6
-    )
-    fourfold = [np.repeat(column, 4) for column in (hits, one, np.arange(40))]
-    assert scoring.share_interval(*fourfold) == pytest.approx([low, high], abs=1e-9)  # no more known than before
-
-
-def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():
-    values = np.random.default_rng(0).normal(0.4, 0.1, 400)
-    rows = [{"value": value} for value in values]
-    found = scoring.intervals_of(rows, {"mean": scoring.ratio("value")}, [str(i) for i in range(400)])["mean"]
-    half = 1.96 * values.std() / 20
-    assert found == pytest.approx([values.mean() - half, values.mean() + half], abs=2e-3)
-
-
-def detection_set(seed: int) -> tuple[list[dict], dict[str, dict]]:
-    """Questions for two categories about pictures that hold objects of every size of COCO's, and rough answers.
-
-    The mask of an object is the upper half of its box: often of a smaller one of COCO's three sizes.
-    """
-
-    def upper_half(box) -> list[float]:
-        return [*box[:3], (box[1] + box[3]) / 2]
-
-    rng = np.random.default_rng(seed)
-    size, samples, entries = {"width": 400, "height": 300}, [], {}
-    for number in range(24):
-        boxes = []
-        for side in rng.choice([12, 20, 50, 80, 110, 150], rng.integers(0, 5)):
-            x, y = rng.integers(0, [400 - side, 300 - side])
-            boxes.append((x, y, x + side, y + side * 0.9))
-        category = ("cup", "dog")[number % 2]
-        sample = made_sample(number, [], task="detect" if boxes else "no_target", image_id=str(number // 2))
-        answer = {"content": "<vis>" * len(boxes) or f"There is no {category}."}
-        answer |= {"boxes": [list(map(float, box)) for box in boxes]}
-        samples.append(sample | size | {"phrase": category})
-        answer["masks"] = [scoring.rectangle_mask(samples[-1], upper_half(box)) for box in boxes]
-        samples[-1]["answers"] = [answer]
-        objects = []
-        for box in [*boxes, *boxes[: rng.integers(0, 2)]]:
-            if rng.random() < 0.85:
-                moved = (np.array(box) + rng.normal(0, 0.04, 4) * (box[2] - box[0])).tolist()
-                mask = scoring.rectangle_mask(samples[-1], upper_half(moved))
-                objects.append({"box": moved, "mask": mask, "score": float(rng.random())})
-        entries[sample["id"]] = {"id": sample["id"], "text": "", "objects": objects}
-    return samples, entries
-
-
-def test_resampled_detection_is_pycocotools_on_pictures_that_occur_twice():
-    samples, entries = detection_set(1)
-    result = scoring.Scorer({"coco_detection": None}).score(samples, entries)
-    annotations, results = scoring.detection_tables(samples, list(result.pieces["coco_detection"].values()))
-    weights = np.ones((2, len(annotations["images"])), dtype=np.float32)
-    weights[1, :3] = 2  # the first three pictures twice
-    again = {"images": list(annotations["images"]), "annotations": list(annotations["annotations"])}
-    more = list(results)
-    for number in (1, 2, 3):
-        again["images"].append({**annotations["images"][number - 1], "id": number + 100})
-        for part, target in ((annotations["annotations"], again["annotations"]), (results, more)):
-            for one in part:
-                if one["image_id"] == number:
-                    target.append({**one, "image_id": number + 100} | ({"id": len(target) + 1} if "id" in one else {}))
-    again["categories"] = annotations["categories"]
-    copies = scoring.metrics.load("coco_detection").compute(predictions=more, references=again)
-    for kind in ("bbox", "segm"):
-        for name, (once, doubled) in scoring.resampled_detection(annotations, results, kind, weights).items():
-            key = f"{kind}_{name}"
-            assert once == pytest.approx(result.metrics["coco_detection"][key], abs=1e-6), key
-            assert doubled == pytest.approx(copies[key], abs=1e-6), key
-            low, high = result.intervals["coco_detection"][key]
-            assert low <= once <= high and high - low > 0.05, key
-    assert set(result.intervals["coco_detection"]) == set(scoring.DETECTION_ESTIMATES)
-
-
-def test_an_interval_of_ap_holds_the_ap_though_that_of_drawn_samples_is_larger():
-    drawn = np.random.default_rng(0).normal(0.45, 0.01, 1000)
-    low, high = scoring.centred_percentiles(np.array([0.4, *drawn]))
-    assert (low, high) == pytest.approx((0.38, 0.42), abs=2e-3)
-    assert scoring.centred_percentiles(np.array([1.0, *drawn]))[1] == 1
-    assert scoring.centred_percentiles(np.array([np.nan, *drawn])) is None
-
-
-def test_ap_of_no_detection_at_all_has_an_interval():
-    samples, _ = detection_set(1)
-    result = scoring.Scorer({"coco_detection": None}).score(samples, {})
-    pieces = list(result.pieces["coco_detection"].values())
-    assert result.metrics["coco_detection"]["bbox_ap"] == 0
-    for key, interval in result.intervals["coco_detection"].items():
-        assert interval == scoring.wilson(0, scoring.pictures_with_objects(samples, pieces, key)), key
-
-
-def test_equal_resamples_make_no_interval_without_width():
-    from scipy.stats import binomtest
-
-    samples = [made_sample(number, [(5, 5, 25, 30)], image_id=str(number % 3)) for number in range(13)]
-    wrong = {sample["id"]: made_entry(sample, [(40, 5, 55, 30)]) for sample in samples}
-    right = {sample["id"]: perfect(sample) for sample in samples}
-    names = dict.fromkeys(("box_accuracy", "referring_iou", "generalized_referring", "coco_detection"))
-    for entries, share in ((wrong, 0), (right, 1)):
-        result = scoring.Scorer(names).score(samples, entries)
-        for module, intervals in result.intervals.items():
-            for key, interval in intervals.items():
-                value = result.metrics[module][key]
-                if value is None:
-                    assert interval is None, key
-                else:
-                    assert interval[0] <= value <= interval[1] and interval[1] - interval[0] > 0.01, key
-        for key, n in (("referring_iou/ciou", 13), ("coco_detection/segm_ap", 3), ("coco_detection/bbox_ap_small", 3)):
-            module, key = key.split("/")
-            wilson = binomtest(n * share, n).proportion_ci(method="wilson")
-            assert result.intervals[module][key] == pytest.approx([wilson.low, wilson.high], abs=1e-6), key
-    cider = scoring.ratio("value", within_one=False)
-    assert scoring.intervals_of([{"value": 0.4}] * 3, {"cider": cider}, ["a", "b", "c"]) == {"cider": None}
-
-
-def test_one_large_object_does_not_make_ap_of_large_ones_sure():
-    samples, _ = detection_set(1)
-    pieces = [{"true": [{"area": 100.0 + 9900 * (sample is samples[0])}]} for sample in samples]
-    counts = [scoring.pictures_with_objects(samples, pieces, f"bbox_{key}") for key in ("ap", "ap50", "ap_large")]
-    assert counts == [12, 12, 1]
-
-
-def test_sums_of_answers_make_popes_numbers():
-    answers = ["Yes.", "No.", "yes", "no, there is not", "Nothing", "NO.", "", "A dog. No cat.", "Yes", "I see none."]
-    samples, entries = [], {}
-    for number in range(60):
-        label = ("yes", "no", "no")[number % 3]
-        answer = [{"content": label.capitalize() + ".", "boxes": [], "masks": []}]
-        samples.append(made_sample(number, [], task="vqa", image_id=str(number // 4)) | {"answers": answer})
-        if number != 7:
-            entries[samples[-1]["id"]] = {"text": answers[number * 7 % 11 % 10]}
-    result = scoring.Scorer({"pope": None}).score(samples, entries)
-    assert_sums_make_the_numbers(result, "pope")
-    shares = {key for key, value in result.metrics["pope"].items() if isinstance(value, float)}
-    assert shares == set(result.intervals["pope"]) and len(shares) == 10
-
-
-@pytest.mark.slow  # METEOR is
-def test_ap50_of_grounded_captions_has_an_interval():
-    samples, entries = noisy_set(2)
-    for sample in samples:
-        sample["answers"][0]["content"] = "<p>a cup</p><vis>" * len(sample["answers"][0]["boxes"]) or "nothing"
-        entries[sample["id"]]["text"] = "a cup"
-    result = scoring.Scorer({"grounded_caption": None}).score(samples, entries)
-    low, high = result.intervals["grounded_caption"]["ap50"]
-    assert low <= result.metrics["grounded_caption"]["ap50"] <= high and high - low > 0.05
-
-
-def test_calibration_by_hand():
-    samples = [made_sample(number, [(5, 5, 25, 30)]) for number in range(4)] + [made_sample(4, [], task="no_target")]
-    right, wrong = (5, 5, 25, 30), (40, 5, 55, 30)
-    boxes = [[right], [right], [wrong], [], [wrong]]
-    scores = [[0.95], [0.55], [0.55], [], [0.25]]
-    entries = {s["id"]: made_entry(s, b, p) for s, b, p in zip(samples, boxes, scores, strict=True)}
-    found = scoring.Scorer({"box_accuracy": ["refer"]}).score(samples, entries).calibration
-    # Bins 0.9-1: score .95, all right; 0.5-0.6: .55, half right; 0.2-0.3: .25, none right (there is no target).
-    assert found["box"]["ece"] == pytest.approx(0.25 * 0.05 + 0.5 * 0.05 + 0.25 * 0.25)
-    low, high = found["box"]["ece_interval"]
-    assert 0 <= low < found["box"]["ece"] < high <= 1
-    curve = found["box"]["precision_recall"]
-    assert curve["threshold"] == [0.95, 0.55, 0.25]
-    assert curve["precision"] == pytest.approx([1, 2 / 3, 2 / 4]) and curve["recall"] == pytest.approx(
-        [1 / 4, 2 / 4, 2 / 4]
-    )
-    decided = found["no_target"]
-    at = decided["threshold"].index(0.25)
-    assert [decided["n_acc"][at], decided["n_acc"][at + 1]] == [0, 1]  # found from 0.25 on, none above
-    assert [decided["t_acc"][0], decided["t_acc"][56], decided["t_acc"][96]] == [3 / 4, 1 / 4, 0]
-
-
-def test_an_object_gets_a_target_that_no_surer_one_has():
-    sample = made_sample(0, [(5, 5, 25, 30), (30, 5, 50, 30)], task="detect")
-    entry = made_entry(sample, [(5, 5, 25, 30), (5, 5, 25, 29), (30, 5, 50, 30)], [0.3, 0.9, 0.6])
-    found = scoring.Scorer({"generalized_boxes": None}).score([sample], {sample["id"]: entry})
-    assert found.calibration["box"]["accuracy"] == pytest.approx(2 / 3)
-    assert found.calibration["box"]["precision_recall"]["precision"] == pytest.approx([1, 1, 2 / 3])
-
-
-def test_what_is_ignored_counts_for_neither_side():
-    sample = made_sample(0, [(0, 0, 20, 20)], task="reasoning", ignore=rectangle(10, 0, 20, 20))
-    entry = made_entry(sample, [(0, 0, 10, 20)])
-    result = scoring.Scorer({"referring_iou": None}).score([sample], {sample["id"]: entry})
-    assert result.metrics["referring_iou"]["ciou"] == 1
-
-
-def test_only_the_answer_after_the_evidence_is_measured():
-    answers = [{"content": "<p>the red cup</p><vis>: Two.", "boxes": [[1, 1, 9, 9]], "masks": [rectangle(1, 1, 9, 9)]}]
-    sample = made_sample(0, [], task="grounded_vqa") | {"answers": answers}
-    for text, value in (("the blue dog: Two.", 1), ("the red cup: Three.", 0), ("Two", 1)):
-        entry = made_entry(sample, []) | {"text": text}
-        result = scoring.Scorer({"vqa_accuracy": None}).score([sample], {sample["id"]: entry})
-        assert result.metrics["vqa_accuracy"]["accuracy"] == value
-
-
-def test_phrases_of_an_answer():
-    content = "<p>Two cups</p><vis><vis> beside <p>a dog</p><vis> and <vis>."
-    assert scoring.marked_phrases(content) == ["Two cups", "Two cups", "a dog", None]
-    assert scoring.plain_text(content) == "Two cups beside a dog and ."
-
-
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
 
-def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
+def test_comparison_of_two_runs(mini, tmp_path, no_sheets, capsys):
     samples = samples_of(*mini)
     good = [perfect(sample) for sample in samples]
     worse = [line if index > 2 else line | {"objects": []} for index, line in enumerate(good)]
@@ -770,7 +315,7 @@ def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
     assert f"- {missed[0]}: {samples[0]['prompt']}" in shown and f"(`{a}`)" in shown and f"(`{b}`)" in shown
 
     assert validate.main(["--compare", a, str(tmp_path / "worse")]) == 0
-    same = scoring.paired_differences(*[reporting.read_run(a)[1]] * 2, "referring_iou")
+    same = paired_differences(*[read_run(a)[1]] * 2, "referring_iou")
     assert same["estimates"]["ciou"]["difference"] == 0 and same["estimates"]["ciou"]["p"] == 1 and not same["gained"]
     assert validate.main(["--compare", a, str(tmp_path / "nowhere")]) == 2
     other = json.loads(Path(a).read_text()) | {"split": "val"}
@@ -778,42 +323,7 @@ def test_comparison_of_two_runs(mini, tmp_path, no_pictures, capsys):
     assert validate.main(["--compare", a, b]) == 2
 
 
-def test_rounding_is_no_difference():
-    samples, entries = noisy_set(3)
-    result = scoring.Scorer({"box_accuracy": ["refer"]}).score(samples, entries)
-    runs = []
-    for noise in (0, 1e-7):
-        columns = {name: row | {"value": row["value"] - noise} for name, row in result.columns["box_accuracy"].items()}
-        known = {sample["id"]: sample for sample in samples if sample["id"] in columns}
-        runs.append(
-            {name: one | {"columns": {"box_accuracy": columns[name]}, "pieces": {}} for name, one in known.items()}
-        )
-    row = scoring.paired_differences(*runs, "box_accuracy")["estimates"]["miou"]
-    assert (row["difference"], row["interval"], row["p"]) == (0, [0, 0], 1)
-
-
-def test_ap_is_compared_on_the_same_pictures(tmp_path):
-    samples, entries = detection_set(2)
-    runs = []
-    for seed, share in ((0, 0.6), (1, 1.0)):
-        rng = np.random.default_rng(seed)
-        kept = {
-            name: entry | {"objects": [one for one in entry["objects"] if rng.random() < share]}
-            for name, entry in entries.items()
-        }
-        result = scoring.Scorer({"coco_detection": None}).score(samples, kept)
-        rows = {one["id"]: one | {"columns": {}} for one in samples}
-        runs.append({name: row | {"pieces": {"coco_detection": result.pieces["coco_detection"][name]}}
-                     for name, row in rows.items()} | {"result": result})  # fmt: skip
-    results = [run.pop("result") for run in runs]
-    found = json.loads(json.dumps(scoring.paired_differences(*runs, "coco_detection")))["estimates"]
-    for key, row in found.items():
-        assert [row["a"], row["b"]] == pytest.approx([one.metrics["coco_detection"][key] for one in results]), key
-    assert found["bbox_ap"]["interval"][0] > 0 and found["bbox_ap"]["p"] < 0.05
-    assert set(found) == set(scoring.DETECTION_ESTIMATES)
-
-
-# ---- what people read ------------------------------------------------------------------------------------------------
+# ---- reports ------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_in_this_folder_has_a_name(tmp_path, monkeypatch):
@@ -823,21 +333,21 @@ def test_a_checkpoint_in_this_folder_has_a_name(tmp_path, monkeypatch):
     assert reporting.checkpoint_name("owner/model") == "owner/model"
 
 
-def test_cases_are_of_many_pictures():
+def test_cases_are_of_many_images():
     samples = [made_sample(number, [], image_id="a" if number < 5 else str(number)) for number in range(8)]
-    order = [int(sample["id"].split("-")[0]) for sample in reporting.of_many_pictures(samples)]
+    order = [int(sample["id"].split("-")[0]) for sample in of_many_images(samples)]
     assert order == [0, 1, 5, 6, 7, 2, 3, 4]
 
 
 def test_a_case_shows_both_sides_at_any_shape(tmp_path):
     for size in ((60, 40), (40, 900), (3000, 2)):
-        Image.new("RGB", size, "teal").save(tmp_path / "picture.png")
-        image = {"image": {"path": str(tmp_path / "picture.png"), "bytes": None}}
+        Image.new("RGB", size, "teal").save(tmp_path / "image.png")
+        image = {"image": {"path": str(tmp_path / "image.png"), "bytes": None}}
         sample = made_sample(0, [], boxes=[], masks=[], **image) | dict(zip(("width", "height"), size, strict=True))
-        found = scoring.check_prediction(sample, {"objects": [{"box": [1, 0, 9, 2], "score": 0.5}]}, 0, set())
-        cards = reporting.draw_case(sample, None, found, ", box IoU 0.00")
-        assert [one.width for one in cards] == [reporting.CASE_CELL - reporting.SHEET_MARGIN] * 2
-        assert max(one.height for one in cards) <= reporting.CASE_CELL, size
+        found = check_prediction(sample, {"objects": [{"box": [1, 0, 9, 2], "score": 0.5}]}, 0, set())
+        cards = draw_case(sample, None, found, ", box IoU 0.00")
+        assert [one.width for one in cards] == [CASE_CELL - SHEET_MARGIN] * 2
+        assert max(one.height for one in cards) <= CASE_CELL, size
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -864,20 +374,20 @@ def test_two_processes_give_the_same_numbers_as_one(launcher, mini, eager_model_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [task for task in validate.load_templates()] + ["no_target", "dialogue"])
-def test_every_task_of_the_scenes(task, eager_model_dir, tmp_path, no_pictures):
+@pytest.mark.parametrize("task", SCENE_TASKS)
+def test_every_task_of_the_scenes(task, eager_model_dir, tmp_path, no_sheets):
     arguments = ["--benchmark", f"scenes_{task}", "--seed", 1_000_777, "--limit", 4, "--max_new_tokens", 4]
     summary = run("--model", eager_model_dir, "--device", "cpu", *arguments, "--output", tmp_path)
     assert summary["n"] == 4 and summary["split"] == "test"
-    assert set(summary["metrics"]) == set(validate.find_benchmark(f"scenes_{task}")["metrics"])
+    assert set(summary["metrics"]) == set(find_benchmark(f"scenes_{task}").metrics)
 
 
 @pytest.mark.slow
-def test_the_scenes_bench_is_broken_down_with_what_needs_no_model_beside_it(eager_model_dir, tmp_path):
+def test_the_scenes_bench_is_broken_down_beside_answers_without_a_model(eager_model_dir, tmp_path):
     arguments = ["--benchmark", "scenes_bench_1", "--limit", 20, "--max_new_tokens", 4, "--output", tmp_path]
     summary = run("--model", eager_model_dir, "--device", "cpu", *arguments)
     kinds = summary["breakdown"]["kind"]
     assert sum(row["n"] for row in kinds.values()) == 18 and summary["n_of_metric"]["generalized_referring"] == 20
     assert sum(row["n"] for row in summary["breakdown"]["side"].values()) == 18
-    assert set(summary["grey_picture"]["metrics"]) == set(summary["metrics"])
+    assert set(summary["grey_image"]["metrics"]) == set(summary["metrics"])
     assert {"random_of_class", "largest"} <= set(summary["without a model, acc@0.5"])

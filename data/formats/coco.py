@@ -60,7 +60,7 @@ def load_coco(
     """The rows of `coco_rows` as a `datasets.Dataset` that opens each image when its row is read."""
     rows = list(coco_rows(annotations, images, tasks, min_area_share, seed, limit, image_ids, split, evaluation))
     features = row_features()
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
 
 
 def coco_folder_rows(

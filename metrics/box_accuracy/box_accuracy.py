@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from perceptiongpt.geometry_perceptiongpt import box_iou
 from perceptiongpt.metrics import shared
 
 
@@ -13,8 +14,8 @@ class BoxAccuracy(shared.StoredMetric):
 0.9), its mean over t = 0.5, 0.55, ..., 0.95, and the mean IoU. Boxes are xyxy in continuous coordinates (no + 1)."""
     inputs = """
 Args:
-    predictions: a box [x0, y0, x1, y1] per expression; [] or None where there is none, which counts as IoU 0, as does
-        what is no box (not four finite numbers, no area).
+    predictions: a box [x0, y0, x1, y1] per expression. A missing box ([] or None) and a malformed one (not four finite
+        numbers, no area) have IoU 0.
     references: a box [x0, y0, x1, y1] per expression, in the same unit.
     per_sample: also return `samples`, with the `iou` of each.
 
@@ -29,7 +30,7 @@ Returns:
         ious = np.zeros(len(boxes))
         found = [index for index, box in enumerate(boxes) if box is not None]
         if found:
-            ious[found] = shared.box_iou([boxes[index] for index in found], [references[index] for index in found])
+            ious[found] = box_iou([boxes[index] for index in found], [references[index] for index in found])
         accuracy = {t: shared.share((ious >= t).sum(), len(ious)) for t in THRESHOLDS}
         results = {f"acc@{t}": accuracy[t] for t in (0.5, 0.75, 0.9)}
         results["macc"] = shared.share(sum((ious >= t).sum() for t in THRESHOLDS), len(ious) * len(THRESHOLDS))

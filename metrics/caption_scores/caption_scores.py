@@ -1,4 +1,4 @@
-"""Captions against several human ones: CIDEr-D, BLEU, ROUGE-L and, where there is Java, METEOR."""
+"""Captions against several human ones: CIDEr-D, BLEU, ROUGE-L and, if Java is installed, METEOR."""
 
 import contextlib
 import functools
@@ -18,25 +18,24 @@ from perceptiongpt.metrics import shared
 
 
 class CaptionScores(shared.StoredMetric):
-    description = """CIDEr-D (times 1, so 1.2 is what papers print as 120), BLEU-1 to 4, ROUGE-L and METEOR as
-pycocoevalcap computes them, over texts split into words by the Penn Treebank tokeniser of the field's scripts. Both
-METEOR and that tokeniser are Java programs; without Java METEOR is left out and a tokeniser in Python takes its place.
-CIDEr weighs words by how rare they are among the references of the whole set: numbers of two sets, or of a part and the
-whole, cannot be compared."""
+    description = """CIDEr-D (1.2 is what papers print as 120), BLEU-1 to 4, ROUGE-L and METEOR, as pycocoevalcap
+computes them over words of the Penn Treebank tokeniser. METEOR and that tokeniser are Java programs: without
+Java, METEOR is left out and a tokeniser in Python is used. CIDEr weighs words by how rare they are among the references
+of the whole set, so numbers of two sets, or of a part and the whole, do not compare."""
     citation = "Vedantam, Zitnick, Parikh. CIDEr: Consensus-based Image Description Evaluation. CVPR 2015."
     inputs = """
 Args:
-    predictions: a caption (text) per picture; what is missing or blank counts as an empty text.
-    references: the human captions of each picture: a list of texts.
-    tokenizer: "ptb" (needs Java), "python", or None: "ptb" where there is Java. Texts split by one and by the other
-        are not to be compared (they differ in about one caption of 2,000).
-    meteor: whether to compute METEOR; None: where there is Java.
-    per_sample: also return `samples`, with the `cider` and `rouge_l` of each, and `meteor` where it is computed (that
-        of the set is not their mean: it is computed from the summed counts).
+    predictions: a caption (text) per image; a missing or blank one counts as an empty text.
+    references: the human captions of each image: a list of texts.
+    tokenizer: "ptb" (needs Java), "python", or None: "ptb" if Java is installed. Numbers of the two do not compare
+        (about one caption in 2,000 differs).
+    meteor: whether to compute METEOR; None: if Java is installed.
+    per_sample: also return `samples`, with the `cider` and `rouge_l` of each, and `meteor` if it is computed (METEOR
+        of the set is not their mean: it is computed from summed counts).
 
 Returns:
     cider, bleu1, bleu2, bleu3, bleu4, rouge_l, meteor: None if there are no rows; meteor only where it is computed.
-    tokenizer: which one it was. n: number of rows. problems: {reason: number of predictions}.
+    tokenizer: the one that was used. n: number of rows. problems: {reason: number of predictions}.
 """
 
     def score(self, predictions, references, problems, tokenizer: str | None = None, meteor: bool | None = None):
@@ -48,7 +47,7 @@ Returns:
 def score_captions(
     captions: list[str], references: list[list[str]], tokenizer: str | None = None, meteor: bool | None = None
 ) -> tuple[dict, list[dict]]:
-    """The results of `CaptionScores` and, per caption, its CIDEr and ROUGE-L, and METEOR where it is computed."""
+    """The results of `CaptionScores`, and per caption its CIDEr, its ROUGE-L and, if it is computed, its METEOR."""
     tokenizer = tokenizer or ("ptb" if have_java() else "python")
     if tokenizer not in ("ptb", "python"):
         raise ValueError(f"tokenizer is {tokenizer!r}, expected 'ptb', 'python' or None")
@@ -58,8 +57,7 @@ def score_captions(
     names = ["cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"] + ["meteor"] * meteor
     if not captions:
         return dict.fromkeys(names) | {"tokenizer": tokenizer}, []
-    tokenize = tokenize_ptb if tokenizer == "ptb" else tokenize_python
-    texts = iter(tokenize([*captions, *(text for group in references for text in group)]))
+    texts = iter(tokenize([*captions, *(text for group in references for text in group)], tokenizer))
     predicted = {index: [next(texts)] for index in range(len(captions))}
     human = {index: [next(texts) for _ in group] for index, group in enumerate(references)}
     for index, group in human.items():
@@ -86,19 +84,37 @@ def parse_captions(value) -> list[str]:
 
 @functools.cache
 def have_java() -> bool:
-    """Whether a Java that runs is on the path."""
+    """Whether a working Java is on the path."""
     program = shutil.which("java")
     return bool(program) and subprocess.run([program, "-version"], capture_output=True).returncode == 0
 
 
 @functools.cache
 def start_meteor() -> Meteor:
-    """The Java program, started once: it reads its tables for seconds."""
-    return Meteor()
+    """The Java program, started once because it reads its tables for seconds; it counts the words of a caption once."""
+    meteor = Meteor()
+    count_words = functools.cache(meteor._stat)
+    meteor._stat = lambda caption, references: count_words(caption, tuple(references))
+    return meteor
+
+
+def tokenize(texts: list[str], tokenizer: str) -> list[str]:
+    """Words of each text with blanks between them. A text is split once: resampling asks for it again and again."""
+    words = _words_of(tokenizer)
+    missing = [text for text in texts if text not in words]
+    if missing:
+        split = tokenize_ptb if tokenizer == "ptb" else tokenize_python
+        words.update(zip(missing, split(missing), strict=True))
+    return [words[text] for text in texts]
+
+
+@functools.cache
+def _words_of(tokenizer: str) -> dict[str, str]:
+    return {}
 
 
 def tokenize_ptb(texts: list[str]) -> list[str]:
-    """Words of each text with blanks between, as `pycocoevalcap`'s tokeniser gives them, without its temporary file."""
+    """Words of each text with blanks between them, as `pycocoevalcap`'s tokeniser splits it."""
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     lines = "\n".join(" ".join(text.split()) for text in texts) + "\n"
@@ -111,8 +127,8 @@ def tokenize_ptb(texts: list[str]) -> list[str]:
     return [_without_punctuation(line.split()) for line in tokenized]
 
 
-# In order: contracted words, abbreviations and initials, numbers, words with inner hyphens, slashes, full stops or
-# apostrophes, then runs of dots and dashes, then any other character alone.
+# In order: contractions, abbreviations and initials, numbers, words with inner hyphens, slashes, full stops or
+# apostrophes, runs of dots and dashes, any other single character.
 PYTHON_TOKEN = re.compile(
     r"""
     can(?=not\b) | (?<=can)not\b | (?:gon|wan)(?=na\b) | (?<=gon)na\b | (?<=wan)na\b
@@ -131,7 +147,7 @@ PYTHON_PUNCTUATION = {"’", "‘", "“", "”", '"', "…", "–", "—"}
 
 
 def tokenize_python(texts: list[str]) -> list[str]:
-    """As `tokenize_ptb`, without Java: lower case, contractions split ("do n't", "it 's"), punctuation left out."""
+    """As `tokenize_ptb`, but without Java: lower case, split contractions ("do n't", "it 's"), no punctuation."""
     tokenized = []
     for text in texts:
         tokens = PYTHON_TOKEN.findall(text.lower())

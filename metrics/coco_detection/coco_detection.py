@@ -17,27 +17,27 @@ STATISTICS = "ap ap50 ap75 ap_small ap_medium ap_large ar1 ar10 ar100 ar_small a
 
 
 class CocoDetection(shared.StoredMetric):
-    description = """AP and AR of COCO, for boxes and for masks, computed by pycocotools. Annotations are numbered anew:
-pycocotools takes the id 0 for "not matched" and, of annotations that share an id, only the last."""
+    description = """AP and AR of COCO, for boxes and for masks, computed by pycocotools. Annotations get new ids first:
+pycocotools reads the id 0 as "not matched" and keeps only the last of several annotations with the same id."""
     citation = "Lin et al. Microsoft COCO: Common Objects in Context. ECCV 2014."
     inputs = """
 Args:
     predictions: COCO results: a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score",
-        "segmentation": RLE}, with bbox, segmentation or both. What is malformed, or of an unknown picture or category,
-        finds nothing. Also the path of such a file, or a `COCO` of results.
+        "segmentation": RLE}, with bbox, segmentation or both. A result that is malformed, or has an unknown image or
+        category, is left out. Also the path of such a file, or a `COCO` of results.
     references: COCO annotations: {"images", "annotations", "categories"}, as in a file; or only the list of annotations
-        (then the pictures and categories are those of the annotations, and pictures of results without annotations).
+        (then the images and categories are those of annotations and results).
         Also the path of such a file, or a `COCO`.
-    Batches, for `add_batch`: two lists of equal length; each pair is results and annotations as above, of one picture
-        or more. The same picture, or annotation (same id, same content), in several pairs counts once.
-    per_sample: also return `samples`, one dict per picture in the order of its number: `image_id` and, at IoU 0.5 over
-        all sizes, `bbox_matched`, `bbox_results`, `bbox_annotations` (crowds left out), and the same for `segm`.
+    Batches, for `add_batch`: two lists of equal length; each pair holds results and annotations as above, of one image
+        or more. The same image, or annotation (same id, same content), in several pairs counts once.
+    per_sample: also return `samples`, one dict per image in the order of its id: `image_id` and, at IoU 0.5 over all
+        sizes, `bbox_matched`, `bbox_results`, `bbox_annotations` (without crowds), and the same for `segm`.
 
 Returns:
     bbox_ap (mean over IoU 0.5:0.05:0.95), bbox_ap50, bbox_ap75, bbox_ap_small, bbox_ap_medium, bbox_ap_large, bbox_ar1,
-        bbox_ar10, bbox_ar100, bbox_ar_small, bbox_ar_medium, bbox_ar_large: None where there is nothing to find.
-    segm_ap, ...: the same for masks, where annotations have masks and results, if there are any, have masks.
-    n: number of pictures. problems: {reason: number of results}.
+        bbox_ar10, bbox_ar100, bbox_ar_small, bbox_ar_medium, bbox_ar_large: None where there are no annotations.
+    segm_ap, ...: the same for masks, if annotations and results (or no result at all) have masks.
+    n: number of images. problems: {reason: number of results}.
 """
 
     def add_batch(self, *, predictions=None, references=None):
@@ -63,7 +63,7 @@ def read_file(value):
 
 
 def score_detections(predictions: list, references: list, problems: Counter) -> tuple[dict, list[dict]]:
-    """The results of `CocoDetection` over pairs (results, annotations), and one dict per picture."""
+    """The results of `CocoDetection` over pairs (results, annotations), and one dict per image."""
     images, annotations, categories = merge_references(references)
     results = []
     for part in predictions:
@@ -72,11 +72,11 @@ def score_detections(predictions: list, references: list, problems: Counter) -> 
         else:
             problems["missing" if part is None else "not a list of results"] += 1
     if any(isinstance(part, list) for part in references):
-        # Annotations alone do not list the pictures and categories without any.
+        # A bare list of annotations does not list the images and categories without annotations.
         for result in filter(is_result, results):
             images.setdefault(result["image_id"], {})
             categories.add(result["category_id"])
-    # Equal scores keep the order of the pictures, so the numbers follow the ids.
+    # pycocotools breaks ties of scores by image number, so the numbers follow the order of the ids.
     order = {number: index for index, number in enumerate(sorted(images, key=lambda n: (isinstance(n, str), n)), 1)}
     dataset = {
         "images": [{**images[number], "id": index} for number, index in order.items()],
@@ -115,13 +115,13 @@ def merge_references(references: list) -> tuple[dict, list, set]:
             sides = {side: image.get(side) for side in ("height", "width")}
             images[image["id"]] = {side: int(value) for side, value in sides.items() if shared.is_number(value)}
         categories |= {category["id"] for category in read_records(part, "categories", index)}
-        # Ids that clash within a part are two annotations; the same annotation in another part is a repetition.
+        # Within a part, two annotations with one id are two; the same annotation in another part is a repetition.
         texts = [json.dumps(annotation, sort_keys=True) for annotation in part["annotations"]]
         for annotation, text in zip(part["annotations"], texts, strict=True):
             if not is_result(annotation):
                 raise ValueError(f"references[{index}]: annotation without image_id or category_id: {text[:200]}")
             if "images" in part and annotation["image_id"] not in images:
-                raise ValueError(f"references[{index}]: annotation of a picture that is not listed: {text[:200]}")
+                raise ValueError(f"references[{index}]: annotation of an image that is not listed: {text[:200]}")
             try:
                 annotation = check_annotation(annotation)
             except ValueError as error:
@@ -137,7 +137,7 @@ def merge_references(references: list) -> tuple[dict, list, set]:
 
 
 def read_records(part: dict, key: str, index: int) -> list[dict]:
-    """The list `key` of a part; `ValueError` if it is none, or holds something without an id."""
+    """The list `key` of a part; `ValueError` if it is not a list, or an entry has no id."""
     records = part.get(key, [])
     if not isinstance(records, list):
         raise ValueError(f"references[{index}]: {key} is not a list, but {str(records)[:200]}")
@@ -148,7 +148,7 @@ def read_records(part: dict, key: str, index: int) -> list[dict]:
 
 
 def check_annotation(annotation: dict) -> dict:
-    """The annotation, an RLE as pycocotools takes it (a broken one would hang it); `ValueError` with the reason."""
+    """The annotation with its RLE as pycocotools needs it (a broken one hangs it); `ValueError` with the reason."""
     box, area, mask = (annotation.get(key) for key in ("bbox", "area", "segmentation"))
     if box is not None and not is_box(box):
         raise ValueError("bbox is not x, y, width, height")
@@ -164,17 +164,17 @@ def check_annotation(annotation: dict) -> dict:
 
 
 def is_box(value) -> bool:
-    """Whether it is [x, y, width, height]."""
+    """Whether the value is [x, y, width, height]."""
     return isinstance(value, list) and len(value) == 4 and all(map(shared.is_number, value)) and min(value[2:]) >= 0
 
 
 def is_result(record) -> bool:
-    """Whether it says of which picture and category it is."""
+    """Whether the record names its image and its category."""
     return isinstance(record, dict) and all(type(record.get(key)) in (int, str) for key in ("image_id", "category_id"))
 
 
 def complete_annotations(annotations: list[dict], images: dict, order: dict) -> list[dict]:
-    """The annotations numbered from 1, with the RLE of their masks, and box and area where these were not given."""
+    """The annotations numbered from 1, with their masks as RLE, and with the box and area that were not given."""
     completed = []
     for number, annotation in enumerate(annotations, 1):
         completed.append({"iscrowd": 0, **annotation, "id": number, "image_id": order[annotation["image_id"]]})
@@ -183,10 +183,10 @@ def complete_annotations(annotations: list[dict], images: dict, order: dict) -> 
             size = images[annotation["image_id"]]
             if isinstance(mask, list):
                 if len(size) < 2:
-                    raise ValueError(f"annotation {number}: polygons need the height and width of the picture")
+                    raise ValueError(f"annotation {number}: polygons need the height and width of the image")
                 mask = coco_mask.merge(coco_mask.frPyObjects(mask, size["height"], size["width"]))
             elif mask["size"] != [size.get(side, mask["size"][i]) for i, side in enumerate(("height", "width"))]:
-                raise ValueError(f"annotation {number}: mask of another size than the picture")
+                raise ValueError(f"annotation {number}: mask of another size than the image")
             completed[-1]["segmentation"] = mask
         elif annotation.get("bbox") is None:
             raise ValueError(f"annotation {number}: neither bbox nor segmentation: {str(annotation)[:200]}")
@@ -199,11 +199,11 @@ def complete_annotations(annotations: list[dict], images: dict, order: dict) -> 
 
 
 def parse_result(result, kind: str, images: dict, categories: set, order: dict) -> dict:
-    """The result with only what `kind` is judged by, as pycocotools takes it; `ValueError` with the reason."""
+    """The result with only its box or only its mask, as pycocotools needs it; `ValueError` with the reason."""
     if not is_result(result):
         raise ValueError("result without image_id or category_id")
     if result["image_id"] not in images or result["category_id"] not in categories:
-        raise ValueError("result of an unknown picture or category")
+        raise ValueError("result of an unknown image or category")
     if not shared.is_number(result.get("score")):
         raise ValueError("score is not a number")
     box, mask = result.get("bbox") or None, result.get("segmentation") or None
@@ -212,15 +212,15 @@ def parse_result(result, kind: str, images: dict, categories: set, order: dict) 
         if mask["size"] != [
             images[result["image_id"]].get(side, mask["size"][i]) for i, side in enumerate(("height", "width"))
         ]:
-            raise ValueError("mask of another size than the picture")
+            raise ValueError("mask of another size than the image")
         box = box or coco_mask.toBbox(mask).tolist()
     if kind == "segm" and mask is None:
         raise ValueError("result without segmentation")
     if kind == "bbox":
         if not is_box(box):
             raise ValueError("bbox is not x, y, width, height")
-    judged = {"bbox": box} if kind == "bbox" else {"segmentation": mask}
-    return judged | {
+    kept = {"bbox": box} if kind == "bbox" else {"segmentation": mask}
+    return kept | {
         "image_id": order[result["image_id"]],
         "category_id": result["category_id"],
         "score": result["score"],
@@ -245,10 +245,10 @@ def evaluate_kind(dataset: dict, results: list[dict], kind: str) -> tuple[dict, 
     matches = defaultdict(Counter)
     for entry in filter(None, evaluation.evalImgs):
         if entry["aRng"] == evaluation.params.areaRng[0]:
-            counted, judged = entry["gtIgnore"] == 0, ~entry["dtIgnore"][0]
+            counted, kept = entry["gtIgnore"] == 0, ~entry["dtIgnore"][0]
             matches[entry["image_id"]] += Counter(
                 matched=int((counted & (entry["gtMatches"][0] > 0)).sum()),
-                results=int(judged.sum()),
+                results=int(kept.sum()),
                 annotations=int(counted.sum()),
             )
     return dict(zip(STATISTICS, statistics, strict=True)), matches

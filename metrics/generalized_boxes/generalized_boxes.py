@@ -2,28 +2,30 @@
 
 from scipy.optimize import linear_sum_assignment
 
+from perceptiongpt.geometry_perceptiongpt import box_iou
 from perceptiongpt.metrics import shared
 
 
 class GeneralizedBoxes(shared.StoredMetric):
-    description = """Pr@(F1=1, IoU>=0.5): the share of expressions for which predicted and true boxes can be paired
-one to one, none left over, with IoU >= 0.5 each; without a target: for which nothing is predicted. And N-acc, T-acc."""
+    description = """Pr@(F1=1, IoU>=0.5), N-acc and T-acc. An expression is right if its predicted and its true boxes
+can be matched one to one with IoU >= 0.5 and none is left over; without a target, if no box is predicted."""
     citation = "He, Ding, Liu, Jiang. GREC: Generalized Referring Expression Comprehension. 2023."
     inputs = """
 Args:
-    predictions: a list of boxes [x0, y0, x1, y1] per expression; [] says that there is no target. None (no answer) and
-        a list with something that is no box are wrong, whatever was asked for.
+    predictions: a list of boxes [x0, y0, x1, y1] per expression; [] means that there is no target. None (no answer)
+        and a list with a malformed box are always wrong.
     references: a list of boxes per expression; empty where there is no target.
-    scores: optionally a list of scores per expression, one for each of its boxes.
-    score_threshold: boxes that score less are left out; default: none is. (The authors' script takes 0.7; where it was
-        not tuned on val it is a fault.)
-    per_sample: also return `samples`, with `correct`, `answered` (a target is rightly predicted, or rightly not),
-        `matched` (number of pairs) and `target` (is there one) of each.
+    scores: optionally a list of scores per expression, one per predicted box.
+    score_threshold: leave out boxes that score less; default: keep all. (The authors' script uses 0.7; a threshold
+        should be tuned on the val split.)
+    per_sample: also return `samples`, with `correct`, `answered` (whether a target is predicted exactly where there is
+        one), `matched` (number of matches) and `target` (whether there is one) of each.
 
 Returns:
-    pr@f1: share of all expressions. n_acc: share of those without a target for which nothing is predicted.
-    t_acc: share of those with targets for which something is. None where there are no such expressions.
-    n, n_no_target: number of rows, and of those without a target. problems: {reason: number of predictions}.
+    pr@f1: share of all expressions that are right.
+    n_acc: share of the expressions without a target for which nothing is predicted; None if there are none.
+    t_acc: share of the expressions with targets for which something is predicted; None if there are none.
+    n, n_no_target: number of rows, and of rows without a target. problems: {reason: number of predictions}.
 """
     optional = ("scores",)
 
@@ -49,7 +51,7 @@ Returns:
         found = shared.read_predictions(zip(predictions, scores, strict=True), parse, problems)
         samples = []
         for boxes, targets in zip(found, shared.read_references(references, parse_boxes), strict=True):
-            matched = count_pairs(boxes, targets) if boxes and targets else 0
+            matched = count_matches(boxes, targets) if boxes and targets else 0
             samples.append(
                 {
                     "correct": boxes is not None and matched == len(boxes) == len(targets),
@@ -72,7 +74,7 @@ def parse_boxes(value) -> list[list[float]]:
     return shared.parse_list(value, shared.parse_box, "boxes")
 
 
-def count_pairs(boxes: list, targets: list) -> int:
-    """The most pairs of IoU >= 0.5 that a one-to-one matching has."""
-    overlaps = shared.box_iou([[box] for box in boxes], [targets]) >= 0.5
+def count_matches(boxes: list, targets: list) -> int:
+    """The largest number of matches with IoU >= 0.5 in any one-to-one matching."""
+    overlaps = box_iou([[box] for box in boxes], [targets]) >= 0.5
     return int(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum())

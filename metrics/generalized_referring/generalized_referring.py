@@ -4,24 +4,25 @@ from perceptiongpt.metrics import shared
 
 
 class GeneralizedReferring(shared.StoredMetric):
-    description = """gIoU, cIoU, N-acc, T-acc and Pr@X of gRefCOCO. The masks of a sample are joined into one. Without
-a target, predicting none is IoU 1 and adds nothing to cIoU; predicting something is IoU 0 and its pixels join the
-union. With targets, predicting none is IoU 0 and their pixels join the union."""
+    description = """gIoU, cIoU, N-acc, T-acc and Pr@X of gRefCOCO. The masks of a sample are merged into one. Without
+a target, predicting nothing has IoU 1 and adds nothing to cIoU, and predicting something has IoU 0 and adds its pixels
+to the union. With targets, predicting nothing has IoU 0 and adds their pixels to the union."""
     citation = "Liu, Ding, Jiang. GRES: Generalized Referring Expression Segmentation. CVPR 2023."
     inputs = """
 Args:
-    predictions: a list of masks per expression as COCO RLE; [] says that there is no target. None (no answer), a list
-        with a broken mask, or with one of another size than the references, is wrong, whatever was asked for.
+    predictions: a list of masks per expression as COCO RLE; [] means that there is no target. None (no answer) and a
+        list with a broken mask, or with one of another size than the references, are always wrong.
     references: a list of masks (RLE) per expression; empty where there is no target.
-    per_sample: also return `samples`, with the `intersection`, `union`, `iou` and `target` (is there one) of each.
+    per_sample: also return `samples`, with the `intersection`, `union`, `iou`, `target` (whether there is one) and
+        `answered` (whether a target is predicted exactly where there is one) of each.
 
 Returns:
     giou: mean IoU of all samples. ciou: sum of intersections over sum of unions.
     n_acc: share of the samples without a target for which none is predicted.
     t_acc: share of the samples with targets for which some are predicted.
     pr@0.7, pr@0.8, pr@0.9: share of the samples with targets that have IoU >= X (as ReLA's script has it).
-    All are None where there is nothing to have a share of (no samples of the kind, no pixels).
-    n, n_no_target: number of rows, and of those without a target. problems: {reason: number of predictions}.
+    Each is None if there are no such samples, or no pixels.
+    n, n_no_target: number of rows, and of rows without a target. problems: {reason: number of predictions}.
 """
 
     def score(self, predictions, references, problems):

@@ -1,4 +1,4 @@
-"""Grounded captions: a caption whose phrases have a mask each."""
+"""Grounded captions: each phrase of the caption has a mask."""
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -9,25 +9,25 @@ from perceptiongpt.metrics.coco_detection.coco_detection import evaluate_kind
 
 
 class GroundedCaption(shared.StoredMetric):
-    description = """Grounded caption generation: CIDEr-D (and METEOR where there is Java) of the captions, AP50 of the
-masks without regard to their phrases, mean IoU of matched masks and recall. Masks are matched one to one, the pair of
-the highest IoU first, down to IoU 0.5; GLaMM's recall also asks for similar phrases, and its mIoU pairs all that
-overlap and averages over pictures, so neither is comparable."""
+    description = """Grounded caption generation: CIDEr-D (and METEOR if Java is installed) of the captions, AP50 of the
+masks whatever their phrases, mean IoU of matched masks, and recall. Masks are matched one to one, the pair with the
+highest IoU first, down to IoU 0.5. GLaMM defines recall and mIoU otherwise (similar phrases, means over images), so its
+numbers do not compare."""
     citation = "Rasheed et al. GLaMM: Pixel Grounding Large Multimodal Model. CVPR 2024."
     inputs = """
 Args:
     predictions: {"caption": text, "phrases": list of texts, "masks": a COCO RLE or None per phrase, "scores": a number
-        per phrase (may be left out: all equal)} per picture. A missing caption is an empty one; a missing or broken
-        mask finds nothing, but counts as found by AP50.
-    references: the same per picture, without scores; `caption` may be a list of captions.
+        per phrase (optional; default: all equal)} per image. A missing caption counts as an empty one; a missing or
+        broken mask matches nothing but counts as a detection in AP50.
+    references: the same per image, without scores; `caption` may be a list of captions.
     tokenizer, meteor: as in `caption_scores`.
     per_sample: also return `samples`, with `cider`, `matched`, `predicted`, `annotated` (numbers of masks) and
-            `matched_iou` (the sum over the pairs) of each.
+            `matched_iou` (the sum over the matches) of each.
 
 Returns:
-    cider, meteor (where there is Java), tokenizer: of the captions. ap50: of all masks together.
-    miou: mean IoU of the matched pairs of the whole set, 0 if nothing matches. recall: matched pairs per true mask.
-    ap50, miou and recall are None where no picture has a mask.
+    cider, meteor (if Java is installed), tokenizer: of the captions. ap50: of all masks as one category.
+    miou: mean IoU of all matches, 0 if there are none. recall: matches per reference mask.
+    ap50, miou and recall are None if no image has a reference mask.
     n: number of rows. problems: {reason: number of predictions or of their masks}.
 """
 
@@ -45,7 +45,7 @@ Returns:
             for place, mask in enumerate(masks):
                 if mask is None or mask["size"] != size:
                     if mask is not None:
-                        problems["mask of another size than the picture"] += 1
+                        problems["mask of another size than the image"] += 1
                     masks[place] = shared.empty_mask(size)
             matched = match_greedily(masks, true_masks)
             ious += matched
@@ -102,7 +102,7 @@ def parse_reference(value) -> tuple[list[str], list[dict]]:
 
 
 def match_greedily(masks: list[dict], targets: list[dict]) -> list[float]:
-    """IoU of each pair with IoU >= 0.5, the highest first; of equals, the first mask, then the first target."""
+    """IoU of each match (IoU >= 0.5), the highest first; among equals the first mask, then the first target."""
     if not masks or not targets:
         return []
     overlaps, matched = coco_mask.iou(masks, targets, [0] * len(targets)), []

@@ -1,4 +1,4 @@
-"""POPE: does the model say that an object is there which is not?"""
+"""POPE: does the model claim that absent objects are present?"""
 
 import re
 
@@ -6,18 +6,18 @@ from perceptiongpt.metrics import shared
 
 
 class Pope(shared.StoredMetric):
-    description = """Accuracy, precision, recall, F1 (positive: yes) and the share of yes of POPE. An answer is read as
-the official script reads it: of what stands before the first full stop, commas removed and split at blanks, the words
-"No", "not" and "no" mean no; everything else means yes. The strict_ results beside it need a yes: upper and lower case
-and punctuation do not matter, "no" and "not" mean no, else "yes" means yes, and an answer with neither is wrong."""
+    description = """Accuracy, precision, recall, F1 (positive: yes) and the share of yes of POPE. Answers are read as
+the official script reads them: the text before the first full stop is split at blanks, its commas removed; it means no
+if it has the word "No", "not" or "no", else yes. The strict_ results ignore case and punctuation and also need a yes:
+"no" or "not" means no, else "yes" means yes, and an answer with neither is wrong."""
     citation = "Li et al. Evaluating Object Hallucination in Large Vision-Language Models. EMNLP 2023."
     inputs = """
 Args:
-    predictions: the answer (text) to each question; None and blank text are missing, and wrong in both readings (the
-        official script reads blank text as yes).
+    predictions: the answer (text) to each question. None and blank text count as missing and are wrong in both
+        readings (the official script reads blank text as yes).
     references: "yes" or "no" for each question.
     per_sample: also return `samples`, with `reference`, `correct`, `strict_correct`, and `answer` and `strict_answer`
-        (as what it was read: "yes", "no" or None) of each.
+        (how it was read: "yes", "no" or None) of each.
 
 Returns:
     accuracy, precision, recall, f1, yes_ratio: a wrong answer counts as the opposite of the reference in precision and

@@ -10,10 +10,10 @@ class ReferringIoU(shared.StoredMetric):
 expressions) and Prec@X, the share of expressions with IoU > X, on the pixels of the original image."""
     inputs = """
 Args:
-    predictions: a mask per expression as COCO RLE {"size": [height, width], "counts": str, bytes or list}; None where
-        there is none. What is missing, broken or of another size than its reference counts as a mask without pixels.
-    references: a mask (RLE) per expression. A sample where neither mask has a pixel has IoU 0.
-    ignore: optionally a mask (RLE) or None per expression: pixels that are left out of both masks.
+    predictions: a mask per expression as COCO RLE {"size": [height, width], "counts": str, bytes or list}, or None. A
+        mask that is missing, broken or of another size than its reference counts as a mask without pixels.
+    references: a mask (RLE) per expression. If neither mask has a pixel, the IoU is 0.
+    ignore: optionally a mask (RLE) or None per expression; its pixels are removed from both masks.
     per_sample: also return `samples`, with the `intersection`, `union` and `iou` of each.
 
 Returns:
@@ -50,5 +50,5 @@ Returns:
 
 
 def invert(mask: dict) -> dict:
-    """The pixels that are not in the mask."""
+    """The mask of all other pixels."""
     return coco_mask.encode(1 - coco_mask.decode(mask))

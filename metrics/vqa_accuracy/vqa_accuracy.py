@@ -5,7 +5,7 @@ import re
 from perceptiongpt.metrics import shared
 
 
-# Each word gets its apostrophes back if one of them is missing. Plain "its", "were", "well", "ill" are other words.
+# A word with one missing apostrophe gets it back. "its", "were", "well" and "ill" are words of their own.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -21,7 +21,7 @@ WITH_APOSTROPHES = {
     for place, character in enumerate(word)
     if character == "'"
 }
-WITH_APOSTROPHES["somebody'd"] = "somebodyd"  # a slip of the script, which its numbers hold
+WITH_APOSTROPHES["somebody'd"] = "somebodyd"  # a bug of the script, kept because its numbers depend on it
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)))) | {
     "none": "0"
 }
@@ -29,17 +29,17 @@ ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
-FULL_STOPS_REMOVED = 32  # the script passes a flag of that value in the place of a count
+FULL_STOPS_REMOVED = 32  # the script passes re.UNICODE, whose value is 32, as the argument `count`
 
 
 class VQAAccuracy(shared.StoredMetric):
     description = """VQA accuracy: for each subset of all human answers but one, min(matches / 3, 1), averaged over the
-subsets and over the questions. Predictions and answers are normalised (lower case, contractions, numbers as digits,
-articles, punctuation) where the answers are not all the same text; where they are, they are compared as they stand."""
+subsets and over the questions. Unless all human answers are the same text, predictions and answers are normalised first
+(lower case, contractions, numbers as digits, articles, punctuation)."""
     citation = "Goyal et al. Making the V in VQA Matter. CVPR 2017."
     inputs = """
 Args:
-    predictions: the answer (text) to each question; what is missing or blank is wrong.
+    predictions: the answer (text) to each question; a missing or blank answer is wrong.
     references: the human answers to each question: a list of texts, ten in VQA v2 and OK-VQA.
     per_sample: also return `samples`, with the `accuracy` of each.
 
@@ -69,7 +69,7 @@ def question_accuracy(prediction: str, answers: list[str]) -> float:
     if len(set(answers)) > 1:
         prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
     matches = answers.count(prediction)
-    # Leaving out one that matches leaves one match fewer.
+    # Leaving out an answer that matches leaves one match fewer.
     left_out = [min((matches - (answer == prediction)) / 3, 1) for answer in answers]
     return sum(left_out) / len(left_out)
 
@@ -79,7 +79,7 @@ def clean_blanks(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """The official normalisation: a mark that is anywhere beside a blank goes, all others become blanks."""
+    """The official normalisation. A mark that stands anywhere beside a blank is removed; other marks become blanks."""
     has_comma_number = DIGIT_COMMA_DIGIT.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:

@@ -1,0 +1,101 @@
+"""The signal modules of a model, and the three ways in which they run: values in, values out, and back in."""
+
+import torch
+from torch import nn
+
+from .signal_perceptiongpt import SignalEmbeddingNorm
+from .signals_perceptiongpt import SIGNALS
+
+
+class SignalModulesMixin:
+    """
+    What `PerceptionGPTModel` does with its signals.
+
+    Attributes:
+        signals (`dict[str, Signal]`): those of the checkpoint, in the order in which they run.
+    """
+
+    def add_signal_modules(self, config, embedding_rms: float) -> list[nn.Module]:
+        """Makes the modules of the checkpoint's signals attributes of the model; returns them and all their parts."""
+        self.signals = {name: SIGNALS[name] for name in config.signals}
+        self._signal_module_names = []
+        for signal in self.signals.values():
+            for name, module in signal.build_modules(config, embedding_rms).items():
+                setattr(self, name, module)
+                self._signal_module_names.append(name)
+        modules = self.signal_modules().values()
+        # Coordinates stay float32 whatever the rest is loaded in.
+        self._keep_in_fp32_modules_strict = self._signal_module_names
+        self._no_split_modules = [*self._no_split_modules, *(type(module).__name__ for module in modules)]
+        return [part for module in modules for part in module.modules()]
+
+    def signal_modules(self) -> dict[str, nn.Module]:
+        """The modules of the checkpoint's signals by attribute name."""
+        return {name: getattr(self, name) for name in self._signal_module_names}
+
+    def first_embedding_norm(self) -> SignalEmbeddingNorm:
+        """The norm of the first signal, whose scale the others start at."""
+        parts = (part for module in self.signal_modules().values() for part in module.modules())
+        return next(part for part in parts if isinstance(part, SignalEmbeddingNorm))
+
+    def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
+        """
+        Embeddings of `<vis>` slots: the mean over the signals that are read.
+
+        Args:
+            values (`dict[str, torch.Tensor]`): by signal name, of shape `(batch_size, K, ...)` or `(1, 1, ...)`.
+            read (`dict[str, torch.Tensor]`): by signal name, bool of shape `(batch_size, K)` or `(1, 1)`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, K, hidden_size)`, float32, of no meaning where nothing is read.
+        """
+        total, count = 0, 0
+        # Outside autocast: bfloat16 coordinates would fall into bins.
+        with torch.autocast(next(iter(values.values())).device.type, enabled=False):
+            for name, value in values.items():
+                embeddings = self.signals[name].encode(self, value.flatten(0, 1)).unflatten(0, value.shape[:2])
+                weight = read[name][..., None].to(embeddings)
+                total, count = total + weight * embeddings, count + weight
+            return total / count.clamp(min=1)
+
+    def decode_signals(
+        self,
+        states: torch.Tensor,
+        image_features: torch.Tensor,
+        image_index: torch.Tensor,
+        names=None,
+        every_signal: bool = False,
+    ) -> dict:
+        """
+        Decodes final-norm hidden states, each the one that predicts a `<vis>`.
+
+        Args:
+            states (`torch.Tensor` of shape `(N, hidden_size)`)
+            image_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`)
+            image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
+            names (`Iterable[str]`, *optional*): the signals to decode; by default all.
+            every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
+            quality `(N,)`.
+        """
+        decoded = {}
+        with torch.autocast(states.device.type, enabled=False):
+            for name, signal in self.signals.items():
+                if names is None or name in names:
+                    decoded[name] = signal.decode(self, states, image_features, image_index)
+                elif every_signal:
+                    decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
+        return decoded
+
+    def feed_back(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Closes the loop: states `(rows, hidden_size)` to the values they decode to, and those to the embeddings, of the
+        same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
+        back: the box alone, unless another one says so.
+        """
+        with torch.autocast(states.device.type, enabled=False):
+            fed_back = [signal for signal in self.signals.values() if signal.fed_back]
+            embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
+            return sum(embeddings) / len(embeddings)

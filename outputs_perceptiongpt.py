@@ -1,0 +1,78 @@
+"""What `forward` returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+
+from .signals_perceptiongpt import with_signal_fields
+
+
+@dataclass
+class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
+    r"""
+    pooler_output (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`):
+        What stands in for the `<image>` tokens of each image.
+    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`):
+        What the mask decoder reads, from the same pass of the tower; `None` where the config has a finer mask path.
+    """
+
+    mask_features: torch.Tensor | None = None
+
+
+@dataclass
+class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`, *optional*):
+        The projected features of the images.
+    mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`, *optional*):
+        The features that the mask decoder reads.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    mask_features: torch.Tensor | None = None
+
+
+@with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
+@dataclass
+class PerceptionGPTOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+        The sum of the terms below, each already weighted (paper, equations 2 to 5).
+    loss_lm, loss_box, loss_mask, loss_point, loss_iou (`torch.Tensor` of shape `()`, *optional*):
+        Cross-entropy; L1 + GIoU; binary cross-entropy + Dice; L1; squared error of the predicted IoUs and of the
+        predicted scores of points. Each is a sum over its own tokens, boxes, masks or points, divided by their number.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`)
+    past_key_values (`Cache`, *optional*)
+    pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
+        xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
+    pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): on the padded square.
+    pred_points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): xy in 0..1 of the padded square.
+    pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
+    pred_point_score (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
+        How near to its target each point is expected to be, see [`PointSignal.loss`].
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, kept, hidden_size)`, *optional*):
+        The states that `logits` was read from; left out when there are `labels`.
+    hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): of the language model.
+    image_hidden_states (`torch.Tensor`, *optional*): the projected features of the images.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    loss_box: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    loss_point: torch.Tensor | None = None
+    loss_iou: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    pred_boxes: torch.Tensor | None = None
+    pred_mask_logits: torch.Tensor | None = None
+    pred_points: torch.Tensor | None = None
+    pred_box_iou: torch.Tensor | None = None
+    pred_mask_iou: torch.Tensor | None = None
+    pred_point_score: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None

@@ -1,0 +1,1 @@
+"""What `publish.py` does: stage a checkpoint, check the stage, write its card, upload it, and load adapters again."""
