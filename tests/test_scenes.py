@@ -457,7 +457,7 @@ def test_training_never_shows_or_names_what_is_held_out():
         ({"size": 4096}, "32 to 2048 pixels"),
         ({"size": "large"}, "32 to 2048 pixels"),
         ({"start": -1}, "whole number from 0 on"),
-        ({"kinds": []}, "no kinds were given"),
+        ({"kinds": []}, "no kind was given"),
         ({"annotations": ["x.json"]}, "no annotation files"),
     ],
 )
