@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from perceptiongpt.signals_perceptiongpt import SIGNALS
+
 
 COLORS = "#FF3B5C #1E90FF #2ECC40 #FF9F1C #B14AED #00CFCF #F5E027 #F564E3 #A0522D #7FDBB6 #3D5AFE #C0D72F".split()
 FONT_SHARE = 0.03  # of the shorter side
@@ -104,9 +106,9 @@ def draw_objects(
             smart_position=True,
             max_line_length=max(8, int(size[0] / (0.65 * font_size))),
         ).annotate(canvas, detections[has_label], [label for label in labels if label])
+        dots = [name for name, signal in SIGNALS.items() if signal.drawn_as == "dot"]
         for index, found in enumerate(objects):
-            if found.get("point") is not None:
-                x, y = (coordinate * scale for coordinate in found["point"])
+            for x, y in (np.array(found[name]) * scale for name in dots if found.get(name) is not None):
                 radius = font_size / 3
                 ImageDraw.Draw(canvas).ellipse(
                     (x - radius, y - radius, x + radius, y + radius),

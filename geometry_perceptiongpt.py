@@ -1,9 +1,9 @@
 """
-Between the pixels of a picture and the padded square that the model sees.
+Between the pixels of an image and the padded square that the model sees.
 
-Outside, boxes are absolute xyxy pixels of the original picture and masks have its size. Inside, boxes are xyxy in 0..1
+Outside, boxes are absolute xyxy pixels of the original image and masks have its size. Inside, boxes are xyxy in 0..1
 of the padded square and masks are grids over it. The square is what `LlavaImageProcessor(do_pad=True)` makes: its side
-is the longer side of the picture, which lies in the centre. A pixel is the unit square from its index to the next.
+is the longer side of the image, which lies in the centre. A pixel is the unit square from its index to the next.
 """
 
 import math
@@ -23,7 +23,7 @@ INTERIOR_DEPTH = 0.25  # a click is at least this share of an object's depth awa
 
 
 def letterbox(height: int, width: int) -> tuple[int, int, int]:
-    """Side of the padded square in pixels, and the rows above and columns left of a `(height, width)` picture in it."""
+    """Side of the padded square in pixels, and the rows above and columns left of a `(height, width)` image in it."""
     side = max(height, width)
     return side, (side - height) // 2, (side - width) // 2
 
@@ -33,7 +33,7 @@ def boxes_to_square(boxes, height: int, width: int) -> torch.Tensor:
     Moves boxes into the padded square.
 
     Args:
-        boxes (`torch.Tensor`, array or list of shape `(..., 4)`): xyxy, pixels of a `(height, width)` picture.
+        boxes (`torch.Tensor`, array or list of shape `(..., 4)`): xyxy, pixels of a `(height, width)` image.
 
     Returns:
         `torch.Tensor` of the same shape, float32: xyxy in 0..1 of the padded square.
@@ -44,7 +44,7 @@ def boxes_to_square(boxes, height: int, width: int) -> torch.Tensor:
 
 
 def boxes_from_square(boxes, height: int, width: int) -> torch.Tensor:
-    """The inverse of [`boxes_to_square`], float32 pixels; what lies in the padding is clipped to the picture."""
+    """The inverse of [`boxes_to_square`], float32 pixels; what lies in the padding is clipped to the image."""
     side, top, left = letterbox(height, width)
     boxes = torch.as_tensor(boxes, dtype=torch.float64)
     pixels = boxes * side - boxes.new_tensor([left, top, left, top])
@@ -83,7 +83,7 @@ def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:
 
 def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
-    Samples grids over the padded square at the pixel centres of the picture, bilinearly.
+    Samples grids over the padded square at the pixel centres of the image, bilinearly.
 
     Args:
         mask_logits (`torch.Tensor` of shape `(N, h, w)`): grids over the padded square.
@@ -103,14 +103,14 @@ def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> to
 
 def clip_box(box, height: float, width: float) -> list[float]:
     """
-    Checks one box and clips what overhangs a `(height, width)` picture by at most one pixel. (A size that is not known
+    Checks one box and clips what overhangs a `(height, width)` image by at most one pixel. (A size that is not known
     is infinite.)
 
     Returns:
-        `list[float]`: xyxy pixels inside the picture.
+        `list[float]`: xyxy pixels inside the image.
 
     Raises:
-        ValueError: not four finite numbers with x0 < x1 and y0 < y1, or further outside the picture.
+        ValueError: not four finite numbers with x0 < x1 and y0 < y1, or further outside the image.
     """
     expected = f"expected [x0, y0, x1, y1] in pixels with x0 < x1 <= {width} and y0 < y1 <= {height}"
     try:
@@ -129,7 +129,7 @@ def clip_box(box, height: float, width: float) -> list[float]:
         raise ValueError(f"box {values} lies {overhang:g} px outside the {width} x {height} image; {expected}")
     clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise ValueError(f"box {values} has no area inside its picture; {expected}")
+        raise ValueError(f"box {values} has no area inside its image; {expected}")
     return clipped
 
 
@@ -194,12 +194,13 @@ def mask_depth(mask: np.ndarray) -> np.ndarray:
     column_squared = np.minimum(rows - above, below - rows) ** 2
     # Then from column to column, as far as a pixel outside can still be the nearest to any pixel.
     padded = np.pad(column_squared, ((0, 0), (width, width)))
-    squared = column_squared.copy()
+    squared, shifted = column_squared.copy(), np.empty_like(column_squared)
     for offset in range(1, width + 1):
         if offset**2 >= squared.max():
             break
         for start in (width - offset, width + offset):
-            np.minimum(squared, padded[:, start : start + width] + offset**2, out=squared)
+            np.add(padded[:, start : start + width], offset**2, out=shifted)
+            np.minimum(squared, shifted, out=squared)
     return np.sqrt(squared)
 
 
@@ -244,10 +245,10 @@ def interior_point(mask: np.ndarray, generator: np.random.Generator) -> list[flo
 
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
     """
-    Reads a mask of a `(height, width)` picture in any of the forms that users have.
+    Reads a mask of a `(height, width)` image in any of the forms that users have.
 
     Args:
-        mask: an array, tensor or PIL image of the picture's size (not zero = inside); a COCO RLE `{"size": [height,
+        mask: an array, tensor or PIL image of the image's size (not zero = inside); a COCO RLE `{"size": [height,
             width], "counts": str | bytes | list[int]}`; or a list of polygons `[x0, y0, x1, y1, ...]` in pixels.
 
     Returns:
@@ -296,7 +297,7 @@ def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 def rle_runs(counts: str | bytes) -> list[int]:
     """
     The run lengths in a compressed COCO RLE string: base-32 digits, lowest first, each the difference from the run two
-    before. Written out because pycocotools reads and writes past its buffers when runs do not fill the picture.
+    before. Written out because pycocotools reads and writes past its buffers when runs do not fill the image.
 
     Raises:
         ValueError: the string is no such string.

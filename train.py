@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 
 from perceptiongpt.data.collator import PerceptionCollator
@@ -98,8 +99,9 @@ def train(recipe: dict, output: str | Path, resume: bool = False):
     """
     output, trainer = Path(output), None
     stages = plan_stages(recipe, output, resume)
-    publishes = recipe["training"].get("push_to_hub") and os.environ.get("RANK", "0") == "0"
-    publication = run_publication(output, recipe["training"]) if publishes else None
+    settings = recipe.get("training") or {}
+    publishes = settings.get("push_to_hub") and os.environ.get("RANK", "0") == "0"
+    publication = run_publication(output, settings) if publishes else None
     has_stages = stages[0].name is not None
     for stage in stages:
         if stage.is_finished:
@@ -152,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
         train(recipe, options.output, options.resume)
         PartialState().destroy_process_group()  # of several processes: or its threads may outlive the interpreter
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:  # the latter from a value in model.config
         sys.exit(f"error: {error}")
 
 

@@ -34,8 +34,8 @@ from accelerate import PartialState
 from perceptiongpt.evaluation import reporting
 from perceptiongpt.evaluation.benchmarks import read_benchmarks
 from perceptiongpt.evaluation.comparison import compare
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.run import list_samples, validate
+from perceptiongpt.inference import InputError
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What the sources share: checked fields, pictures, and turns of a conversation put together to rows of the schema."""
+"""What the importers share: checking fields, finding images, and building rows of the schema from turns."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS, IMAGE_TOKEN
 from perceptiongpt.data.reading import (
     COCO_NAMES,
-    MissingPicture,
+    MissingImage,
     Problems,
     find_coco_image,
     find_image,
-    picture_size,
+    image_size,
     plain_name,
     safe_join,
     without_copies,
@@ -27,9 +27,9 @@ MARKERS = re.compile("|".join(map(re.escape, ADDED_TOKENS)))
 
 @dataclass
 class Turn:
-    """One question with its answer; `slots` are (box, mask) per `<vis>` of both, in reading order.
+    """A question and its answer. `slots` holds (box, mask) per `<vis>` of both, in reading order.
 
-    `answer` is None where the annotations hold none: the row then ends with the question.
+    Where the annotations give no answer, `answer` is None and the row ends with the question.
     """
 
     prompt: str
@@ -57,24 +57,24 @@ def make_row(task: str, turns: list[Turn], columns: dict) -> dict:
 
 
 class Draw:
-    """Random generators of a source, one per key; none where the fixed evaluation prompts are wanted."""
+    """The random generators of a source, one per key."""
 
     def __init__(self, source: str, seed: int, evaluation: bool):
         self.source, self.seed, self.evaluation = source, seed, evaluation
 
     def __call__(self, *key):
-        """For prompts: None under `evaluation`."""
+        """The generator for a prompt; None under `evaluation`, which means the fixed prompt."""
         return None if self.evaluation else self.always(*key)
 
     def always(self, *key):
-        """For choices that are made under `evaluation` as well."""
+        """The generator for a choice that is also made under `evaluation`."""
         return stable_generator(self.seed, self.source, *key)
 
 
 def each_record(
     records: Iterable[tuple[str, object]], make: Callable[[object], Iterable], problems: Problems | None
 ) -> Iterator:
-    """What `make(record)` gives for each (where, record); a `ValueError` from it goes to `problems`, and on."""
+    """All that `make(record)` yields for each (where, record). A `ValueError` in it goes to `problems`."""
     problems = problems or Problems()
     for where, record in records:
         try:
@@ -86,7 +86,7 @@ def each_record(
 
 
 def chosen_tasks(tasks: Iterable[str] | None, offered: Iterable[str], source: str) -> tuple[str, ...]:
-    """The tasks that were asked for, all that are offered if None; `ValueError` for one that is not offered."""
+    """The tasks that are asked for; None: all that are offered. `ValueError` for a task that is not offered."""
     offered = tuple(offered)
     tasks = offered if tasks is None else tuple(tasks)
     if unknown := sorted(set(tasks) - set(offered)):
@@ -108,7 +108,7 @@ def usual_files(root: str | Path, names: Iterable[str]) -> list[Path]:
 
 
 def get(record, *names: str, of: type | tuple = str):
-    """The value under the first of `names` that `record` has; `ValueError` if there is none or its type is wrong."""
+    """The value of the first key in `names` that `record` has; `ValueError` if it is missing or of a wrong type."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, found {str(record)[:60]}")
     for name in names:
@@ -122,10 +122,10 @@ def get(record, *names: str, of: type | tuple = str):
 
 
 def clean_text(value, what: str = "text", keep_lines: bool = False) -> str:
-    """A text without needless white space.
+    """A text without superfluous white space.
 
     Raises:
-        ValueError: if it is empty, no text, or contains by itself one of the tokens that mean something in a row.
+        ValueError: if it is empty, no text, or contains one of the tokens that have a meaning in a row.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {str(value)[:60]!r}, expected a text")
@@ -136,7 +136,7 @@ def clean_text(value, what: str = "text", keep_lines: bool = False) -> str:
 
 
 def check_box(box_xyxy_pixels, size: tuple[int, int], what: str = "box") -> list[float]:
-    """The box as floats, after the checks of `clip_box`. What overhangs by a pixel is clipped, and counted, later."""
+    """The box as floats, checked as by `clip_box`. `validate_row` clips an overhang of a pixel, and counts it."""
     with naming(what):
         clip_box(box_xyxy_pixels, *reversed(size))
     return [float(value) for value in box_xyxy_pixels]
@@ -151,7 +151,7 @@ def box_from_xywh(box, size: tuple[int, int], what: str = "box") -> list[float]:
 
 
 def reading_order(boxes_xyxy: list[list[float]]) -> list[list[float]]:
-    """Boxes in the order in which an answer names several instances: by x0, then y0."""
+    """Boxes in the order of an answer with several instances: by x0, then y0."""
     return sorted(boxes_xyxy, key=lambda box: box[:2])
 
 
@@ -162,14 +162,14 @@ def inside_sentence(phrase: str) -> str:
     return phrase if first != first.capitalize() or first == "I" else phrase[0].lower() + phrase[1:]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
-class Pictures:
-    """Finds a source's pictures, and gives the columns `image`, `width` and `height` of a row.
+class ImageFinder:
+    """Finds a source's images, and gives the columns `image`, `width` and `height` of a row.
 
     Args:
-        images: the folder; None: the first of `usual` that has the picture; False: rows without pictures.
+        images: the folder; None: the first of `usual` that has the image; False: rows without images.
         usual: folders of the format's usual layout.
     """
 
@@ -180,24 +180,24 @@ class Pictures:
         self.folders = [Path(images)] if images else list(usual)
 
     def columns(self, *names: str, size: tuple[int, int] | None = None, coco_id: int | None = None) -> dict:
-        """Columns of one picture.
+        """Columns of one image.
 
         Args:
             names: file names, the first that exists counts.
-            size: (width, height) that the annotations state; a picture of another size is an error.
-            coco_id: look the picture up by COCO's number, too.
+            size: (width, height) that the annotations state; an image of another size is an error.
+            coco_id: look the image up by COCO's number, too.
 
         Returns:
-            `image`, `width`, `height`; without pictures and without a stated size both sides are 0, which the schema
+            `image`, `width`, `height`; without images and without a stated size both sides are 0, which the schema
             admits for rows without boxes and masks.
         """
         if not self.wanted:
             for name in names:
-                safe_join(".", name)  # refused here as well as where the pictures are opened
+                safe_join(".", name)  # a bad name is refused here, too
             width, height = size or (0, 0)
             return {"image": None, "width": width, "height": height}
         path = self.find(*names, coco_id=coco_id)
-        measured = picture_size(path)
+        measured = image_size(path)
         if size is not None and measured != size:
             raise ValueError(
                 f"{path} is {measured[0]} x {measured[1]} pixels, the annotations say {size[0]} x {size[1]}"
@@ -206,23 +206,23 @@ class Pictures:
         return {"image": {"path": str(path), "bytes": None}, "width": width, "height": height}
 
     def find(self, *names: str, coco_id: int | None = None) -> Path:
-        """The path of a picture; `MissingPicture` if there is none, `ValueError` if a name leaves its folder."""
+        """The path of an image; `MissingImage` if there is none, `ValueError` if a name leaves its folder."""
         for folder in self.folders:
             for look_up in [(find_image, name) for name in names] + [(find_coco_image, coco_id)]:
                 try:
                     if look_up[1] is not None:
                         return look_up[0](folder, look_up[1])
-                except MissingPicture:
+                except MissingImage:
                     continue
         first = names[0] if names else COCO_NAMES[0].format(coco_id)
-        raise MissingPicture(
-            f"image {first!r} is not in {', '.join(map(str, self.folders))}; say with --images where the pictures "
-            "are, or do without them (--no_images) or without these records (--on_error skip)"
+        raise MissingImage(
+            f"image {first!r} is not in {', '.join(map(str, self.folders))}; name the folder of the images with "
+            "--images, make rows without images (--no_images), or skip such records (--on_error skip)"
         )
 
 
 def stated_size(record: dict) -> tuple[int, int] | None:
-    """(width, height) of a record that has either; None of one without; `ValueError` if no picture is of that size."""
+    """(width, height) of a record that has either; None of one without; `ValueError` if no image is of that size."""
     if "width" not in record and "height" not in record:
         return None
     size = get(record, "width", of=int), get(record, "height", of=int)
@@ -231,9 +231,9 @@ def stated_size(record: dict) -> tuple[int, int] | None:
 
 
 def known_size(columns: dict) -> tuple[int, int]:
-    """(width, height) for boxes; `ValueError` if neither the annotations nor a picture tell."""
+    """(width, height) for boxes; `ValueError` if neither the annotations nor an image tell."""
     if not columns["width"]:
-        raise ValueError("the picture's size is in no annotation file, and boxes need it: give the pictures")
+        raise ValueError("the image's size is in no annotation file, but boxes need it; give the images as well")
     return columns["width"], columns["height"]
 
 

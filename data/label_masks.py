@@ -1,13 +1,12 @@
-"""Masks for boxes that have none, from a segment-anything model: prepared folder in, prepared folder out.
+"""Add masks from a segment-anything model to boxes that have none: prepared folder in, prepared folder out.
 
     python -m perceptiongpt.data.label_masks --input prepared/vg --output labelled/vg --model facebook/sam-vit-huge \
         --num_proc 2 --device cuda:0 cuda:1
 
-The model is any checkpoint id or folder of transformers for mask generation (SAM, SAM-HQ, SAM 2, SAM 3's tracker). Each
-box in an answer is a prompt for its mask, as the paper does for Visual Genome and Flickr30k. The IoU that the model
-predicts of its mask is kept in the column `mask_iou` (per `<vis>`, null where nothing was predicted); a mask below
-`--min_iou`, or empty, is dropped and its box stays alone. A shard is written when all of it is labelled; the same
-command again goes on with those that are missing.
+The model is any mask generation checkpoint of transformers, by id or folder (SAM, SAM-HQ, SAM 2, SAM 3's tracker). Each
+box in an answer is a prompt for its mask, as in the paper for Visual Genome and Flickr30k. The column `mask_iou` holds
+the IoU that the model predicts for its mask (per `<vis>`, null without a prediction). A mask below `--min_iou`, or an
+empty one, is dropped, and its box stays without a mask. The same command again labels the missing shards.
 """
 
 import argparse
@@ -55,12 +54,12 @@ CENTRED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # SAM 3
 class MaskLabeller:
     """A segment-anything model that turns boxes into masks.
 
-    Pictures are prepared here and not by the model's own processor, which for SAM 2 and 3 needs torchvision.
+    Images are prepared here and not by the model's own processor, which for SAM 2 and 3 needs torchvision.
 
     Args:
         model: checkpoint id or folder.
         device, dtype: where and in what the model runs.
-        boxes_per_pass: boxes of one picture that are decoded at a time.
+        boxes_per_pass: boxes of one image that are decoded at a time.
 
     Raises:
         ValueError: if there is no such model, it is none for mask generation, or weights of it are missing.
@@ -91,14 +90,14 @@ class MaskLabeller:
         self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in values)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the part of the model's square that a picture covers."""
+        """(width, height) of the part of the model's square that an image covers."""
         if not self.keeps_ratio:
             return self.side, self.side
         scale = self.side / max(width, height)
         return int(width * scale + 0.5), int(height * scale + 0.5)
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """A picture as the model's input, float32 (3, side, side)."""
+        """An image as the model's input, float32 (3, side, side)."""
         width, height = self.resized_size(*image.size)
         resized = read_image(image).resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
@@ -110,11 +109,11 @@ class MaskLabeller:
         """Predict the masks of boxes.
 
         Args:
-            images: pictures, encoded in one batch.
-            boxes: per picture its boxes, xyxy in pixels.
+            images: images, encoded in one batch.
+            boxes: per image its boxes, xyxy in pixels.
 
         Returns:
-            Per picture and box (compressed COCO RLE, predicted IoU).
+            Per image and box (compressed COCO RLE, predicted IoU).
         """
         device, dtype = self.model.device, self.model.dtype
         pixels = torch.stack([self.prepare(image) for image in images]).to(device, dtype)
@@ -128,13 +127,13 @@ class MaskLabeller:
             for some in _batches(own, self.boxes_per_pass):
                 prompts = (torch.tensor(some) * scale)[None].to(device)  # bfloat16 has bins of 8 px at 1024
                 output = self.model(**features, input_boxes=prompts, multimask_output=False)
-                masks = self._to_picture(output.pred_masks[0, :, :1].float(), width, height, image.size)
+                masks = self._to_image(output.pred_masks[0, :, :1].float(), width, height, image.size)
                 for mask, iou in zip(masks, output.iou_scores[0, :, 0].float().tolist(), strict=True):
                     results[-1].append((encode_rle(mask.cpu().numpy()), iou))
         return results
 
     def _features_of(self, encoded, index: int) -> dict:
-        """What `get_image_embeddings` gives for one picture of a batch, as arguments of the model."""
+        """What `get_image_embeddings` gives for one image of a batch, as arguments of the model."""
         if self.model.config.model_type == "sam_hq":
             last, earlier = encoded
             return {
@@ -145,8 +144,8 @@ class MaskLabeller:
             return {"image_embeddings": [level[index, None] for level in encoded]}
         return {"image_embeddings": encoded[index, None]}
 
-    def _to_picture(self, logits: torch.Tensor, width: int, height: int, size: tuple[int, int]) -> torch.Tensor:
-        """Low-resolution logits (N, 1, h, w) -> bool masks (N, H, W) of the picture."""
+    def _to_image(self, logits: torch.Tensor, width: int, height: int, size: tuple[int, int]) -> torch.Tensor:
+        """Low-resolution logits (N, 1, h, w) -> bool masks (N, H, W) of the image."""
         if self.keeps_ratio:
             square = (self.side, self.side)
             logits = torch.nn.functional.interpolate(logits, square, mode="bilinear", align_corners=False)
@@ -169,23 +168,23 @@ def label_rows(
 ) -> tuple[list[dict], Counter]:
     """Rows with the masks that their answers lack, and how many were kept, too uncertain and empty.
 
-    `bar` counts the rows of the pictures that went through the model.
+    `bar` counts the rows of the images that went through the model.
     """
-    pictures = []  # (rows of one picture, its boxes in want of a mask, each once)
+    images_rows = []  # (rows of one image, its boxes without a mask, each once)
     for _, group in groupby(enumerate(rows), lambda item: picture_key(item[1]) or item[0]):
         own = [row for _, row in group]
         wanted = {tuple(box): None for row in own for box in _boxes_without_mask(row) if box is not None}
-        pictures.append((own, list(wanted)))
+        images_rows.append((own, list(wanted)))
     counts = Counter()
     found = {}
-    for some in _batches(((own, boxes) for own, boxes in pictures if boxes), batch_size):
-        images = [_open_picture(own[0]) for own, _ in some]
+    for some in _batches(((own, boxes) for own, boxes in images_rows if boxes), batch_size):
+        images = [_open_image(own[0]) for own, _ in some]
         for (own, boxes), masks in zip(some, labeller(images, [boxes for _, boxes in some]), strict=True):
             found[id(own)] = dict(zip(boxes, masks, strict=True))
         if bar is not None:
             bar.update(sum(len(own) for own, _ in some))
     labelled = []
-    for own, _ in pictures:
+    for own, _ in images_rows:
         for row in own:
             masks, ious = list(row["masks"]), [None] * len(row["masks"])
             for slot, box in enumerate(_boxes_without_mask(row)):
@@ -210,7 +209,7 @@ def _boxes_without_mask(row: dict) -> list:
     return [box if mask is None and in_answer else None for box, mask, in_answer in slots]
 
 
-def _open_picture(row: dict) -> Image.Image:
+def _open_image(row: dict) -> Image.Image:
     if isinstance(row["image"], list):
         raise ValueError(f"{describe_row(row)}: has several images; it is not known which of them a box is on")
     if row["image"] is None:
@@ -239,7 +238,7 @@ def label_masks(
         model, dtype, boxes_per_pass: see `MaskLabeller`.
         split: which one.
         min_iou: a mask of lower predicted IoU is dropped.
-        batch_size: pictures that are encoded at a time.
+        batch_size: images that are encoded at a time.
         device: of the processes, in turn.
         num_proc: processes, each with its own copy of the model.
 
@@ -318,22 +317,24 @@ def main(arguments: Iterable[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--input", required=True, metavar="DIR", help="a folder that data.prepare has made")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the labelled shards go")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument("--model", required=True, metavar="ID", help="a checkpoint id or folder")
     parser.add_argument("--split", default="train")
     parser.add_argument("--min_iou", type=float, default=0.8, help="drop masks of lower predicted IoU (default 0.8)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at a time")
-    parser.add_argument("--boxes_per_pass", type=int, default=16, metavar="N", help="boxes of a picture at a time")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images per batch")
+    parser.add_argument(
+        "--boxes_per_pass", type=int, default=16, metavar="N", help="boxes of an image per forward pass"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", nargs="+", default=[default_device], help="of the processes, in turn")
-    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--device", nargs="+", default=[default_device], help="devices of the processes, in turn")
+    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="number of processes")
     try:
         summary = label_masks(**vars(parser.parse_args(arguments)), progress=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
     counts = {key: value for key, value in summary["labelled"].items() if key != "settings"}
-    print("masks: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none was wanted"))
+    print("masks: " + (", ".join(f"{count:,} {name}" for name, count in counts.items()) or "no box lacks one"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Training on several sources at once: an endless, interleaved, resumable stream of batches.
 
-A mixture is a list of parts, each a prepared folder or a source by name, which is prepared first:
+A mixture is a list of parts. Each is a prepared folder, or a source by name, which is prepared first:
 
     data:
       train:
         mixture:
           - {source: parquet, root: prepared/refcoco, split: train, weight: 2}
           - {source: visual_genome, root: vg, weight: 1, per_epoch: 100000}
-        leave_out: [refer]          # folders of the RefCOCO family: no picture of their val and test splits is used
+        leave_out: [refer]          # folders of the RefCOCO family: images of its val and test splits are not used
 
-In an epoch every part gives each of its rows once, at most `per_epoch` of them (others in the next epoch), while
-`weight` says in what proportion the parts are drawn. The order is `datasets.interleave_datasets`' over references to
-rows; so seeking is its `load_state_dict`, and the rows passed over are never read.
+In an epoch every part gives each of its rows once, or `per_epoch` of them (other rows in the next epoch). `weight` is
+the proportion in which the parts are drawn. `datasets.interleave_datasets` orders references to rows, so resuming
+reads none of the rows that are skipped.
 """
 
 import json
@@ -42,16 +42,16 @@ MIXTURE_DEFAULTS = {
     "mixture": None,
     "seed": 0,
     "leave_out": [],  # files or folders for `refcoco_family_eval_images`
-    # Visual Genome's image_data.json, to know its pictures, which are in llava and viscot too, by COCO's numbers.
+    # Visual Genome's image_data.json: COCO's numbers of its images, which llava and viscot use, too.
     "image_data": None,
     "stopping_strategy": "all_exhausted_without_replacement",  # of `datasets.interleave_datasets`
-    "token_budget": None,  # most tokens of a batch, padding included; None: `per_device_train_batch_size` rows
-    "window": 512,  # rows among which those of like length, or of one picture, are put together
+    "token_budget": None,  # most tokens of a batch, with padding; None: `per_device_train_batch_size` rows
+    "window": 512,  # rows among which rows of similar length, or of one image, are grouped
     "cache": None,  # where sources by name are prepared; default: OUTPUT/prepared
 }
-PART_KEYS = ("weight", "per_epoch", "questions")  # the last: of `DrawnPart`
-PREPARE_KEYS = ("pictures", "num_proc", "on_error", "rows_per_shard")  # of `prepare`, for a source by name
-CACHED_GROUPS = 2
+PART_KEYS = ("weight", "per_epoch", "questions")  # `questions` is for `DrawnPart` only
+PREPARE_KEYS = ("pictures", "num_proc", "on_error", "rows_per_shard")  # passed on to `prepare`
+CACHED_GROUPS = 2  # row groups that a part keeps in memory
 
 
 class Part:
@@ -60,9 +60,9 @@ class Part:
     Args:
         name: for messages.
         files: its parquet files.
-        weight: how often it is drawn, relative to the others.
-        per_epoch: at most so many rows an epoch, or None.
-        is_left_out: says of a source, an `image_id` and the paths of the pictures whether their rows are left out.
+        weight: how often it is drawn, relative to the other parts.
+        per_epoch: the most rows in an epoch; None: all.
+        is_left_out: takes a row's source, `image_id` and image paths; returns whether to leave the row out.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Part:
             content = parquet.ParquetFile(file, pre_buffer=False)
             for group in range(content.num_row_groups):
                 count = content.metadata.row_group(group).num_rows
-                if _lacks_pictures(content.metadata.row_group(group)):
-                    raise ValueError(f"{name}: {file} was prepared without its pictures and cannot be trained on")
+                if _lacks_images(content.metadata.row_group(group)):
+                    raise ValueError(f"{name}: {file} was prepared without its images and cannot be trained on")
                 kept = np.flatnonzero(_are_answered(content, group)).astype(np.int32)
                 self.unanswered_rows += count - len(kept)
                 if is_left_out is not None:
-                    keys = _pictures_of(content, group)
+                    keys = _images_of(content, group)
                     left_out = {key for key in dict.fromkeys(keys) if is_left_out(*key)}
                     stays = [keys[row] not in left_out for row in kept]
                     images |= left_out
@@ -108,16 +108,16 @@ class Part:
     def __len__(self) -> int:
         return len(self._row)
 
-    def epoch(self, seed: int, epoch: int, by_picture: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(group, row) of an epoch's rows in its order: row groups drawn, and within each rows, or pictures, drawn."""
+    def epoch(self, seed: int, epoch: int, by_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(group, row) of an epoch's rows, in its random order: of row groups, and of rows or images within each."""
         starts = np.flatnonzero(np.diff(self._group, prepend=-1))
         blocks = np.split(np.arange(len(self)), starts[1:])
         generator = stable_generator(seed, self.name, epoch)
         chosen, count = [], 0
         for index in generator.permutation(len(blocks)):
             block = blocks[index]
-            if by_picture:
-                block = self._by_picture(block, generator)
+            if by_image:
+                block = self._by_image(block, generator)
             else:
                 block = generator.permutation(block)
             chosen.append(block)
@@ -127,13 +127,13 @@ class Part:
         order = np.concatenate(chosen)[: self.per_epoch]
         return self._group[order], self._row[order]
 
-    def _by_picture(self, block: np.ndarray, generator) -> np.ndarray:
+    def _by_image(self, block: np.ndarray, generator) -> np.ndarray:
         images = self._table(self._group[block[0]]).column("image_id").to_pylist()
-        pictures = defaultdict(list)
+        rows_of = defaultdict(list)
         for index in block:
-            pictures[images[self._row[index]]].append(index)
-        pictures = list(pictures.values())
-        return np.concatenate([pictures[i] for i in generator.permutation(len(pictures))])
+            rows_of[images[self._row[index]]].append(index)
+        rows_of = list(rows_of.values())
+        return np.concatenate([rows_of[i] for i in generator.permutation(len(rows_of))])
 
     def _table(self, group: int):
         if group not in self._tables:
@@ -147,15 +147,15 @@ class Part:
         return self._tables[group]
 
     def read(self, group: int, row: int) -> dict:
-        """A row as it is stored: its picture is not opened yet."""
+        """A row as it is stored; its image is not read yet."""
         return self._table(group).slice(row, 1).to_pylist()[0]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": OrderedDict()}
 
 
-def _lacks_pictures(group) -> bool:
-    """Whether the metadata of a row group say that no row of it has a picture, neither embedded nor by path."""
+def _lacks_images(group) -> bool:
+    """Whether no row of a row group has an image, embedded or by path, according to its metadata."""
     columns = [group.column(index) for index in range(group.num_columns)]
     columns = [column for column in columns if column.path_in_schema in ("image.bytes", "image.path")]
     found = [column.statistics and column.statistics.null_count == group.num_rows for column in columns]
@@ -163,7 +163,7 @@ def _lacks_pictures(group) -> bool:
 
 
 def _are_answered(content: parquet.ParquetFile, group: int) -> np.ndarray:
-    """Whether each row of a group has a turn of the assistant: questions alone are for measuring."""
+    """Whether each row of a group has a turn of the assistant; questions alone are for evaluation."""
     (roles,) = (path for path in (column.path for column in content.schema) if re.fullmatch(r"messages\..*role", path))
     messages = content.read_row_group(group, [roles], use_threads=False).column("messages").combine_chunks()
     of_assistant = compute.equal(compute.struct_field(messages.flatten(), "role"), "assistant")
@@ -173,8 +173,8 @@ def _are_answered(content: parquet.ParquetFile, group: int) -> np.ndarray:
     return answered
 
 
-def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
-    """(source, `image_id`, paths of the pictures) of each row of a group; embedded pictures are not read."""
+def _images_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, str, tuple[str | None, ...]]]:
+    """(source, `image_id`, paths of the images) of each row of a group; embedded images are not read."""
     paths = [name for name in (column.path for column in content.schema) if re.fullmatch(r"image\..*\bpath", name)]
     rows = content.read_row_group(group, ["source", "image_id", *paths], use_threads=False).to_pylist()
     return [
@@ -184,13 +184,13 @@ def _pictures_of(content: parquet.ParquetFile, group: int) -> list[tuple[str, st
 
 
 class DrawnPart:
-    """Scenes that are drawn while training, others in every epoch.
+    """Scenes that are drawn during training, different ones in every epoch.
 
     Args:
-        name, weight: as of `Part`.
-        per_epoch: rows of an epoch.
-        questions: rows about one picture.
-        arguments: of `ScenesDataset`.
+        name, weight: as in `Part`.
+        per_epoch: the number of rows in an epoch.
+        questions: the number of rows per image.
+        arguments: arguments of `ScenesDataset`.
     """
 
     left_out_rows = left_out_images = unanswered_rows = 0
@@ -205,34 +205,35 @@ class DrawnPart:
     def __len__(self) -> int:
         return self.per_epoch
 
-    def epoch(self, seed: int, epoch: int, by_picture: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(picture, question) of an epoch's rows."""
+    def epoch(self, seed: int, epoch: int, by_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(image, question) of an epoch's rows."""
         row = np.arange(self.per_epoch)
         first = epoch * -(-self.per_epoch // self.questions)
         return (first + row // self.questions).astype(np.int32), (row % self.questions).astype(np.int32)
 
     def read(self, group: int, row: int) -> dict:
-        """A row with its picture."""
+        """A row with its image."""
         if self._drawn[0] != group:
             self._drawn = (group, self.dataset[group])
         return self._drawn[1][row]
 
 
 class Mixture(torch.utils.data.IterableDataset):
-    """An endless stream of batches (lists of rows, or of lists of rows of one picture) over several parts.
+    """An endless stream of batches (lists of rows, or of lists of rows of one image) over several parts.
 
-    Each process and each of its dataloader workers draws its own rows; together an epoch's rows exactly. Use it with
-    `DataLoader(mixture, batch_size=None, collate_fn=MixtureCollator(collator))`.
+    Each process and each of its dataloader workers draws its own rows; together they draw an epoch's rows exactly once.
+    Use it with `DataLoader(mixture, batch_size=None, collate_fn=MixtureCollator(collator))`.
 
     Args:
-        parts: what is mixed.
-        batch_size: items of a batch, if there is no `token_budget`.
-        token_budget: most tokens of a batch, padding included; then rows of like length share a batch.
-        length: of a row: (its tokens, those of them up to and with its last picture). Needed for `token_budget`.
-        pack: at most so many rows of one picture make an item (a list).
-        window: rows among which lengths and pictures are looked at.
+        parts: the parts to mix.
+        batch_size: items in a batch, if there is no `token_budget`.
+        token_budget: the most tokens in a batch, with padding; rows of similar length then share a batch.
+        length: returns of a row the number of its tokens, and of those up to and with its last image. Needed for
+            `token_budget`.
+        pack: the most rows of one image that make an item (a list); None: each row is an item.
+        window: rows among which rows of similar length or of one image are grouped.
         seed, stopping_strategy: see `MIXTURE_DEFAULTS`.
-        process, processes: which of how many this one is.
+        process, processes: the index of this process, and how many there are.
     """
 
     def __init__(
@@ -259,18 +260,18 @@ class Mixture(torch.utils.data.IterableDataset):
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """Where this process stands, after the batches that `took` has been told of; can be written as json."""
+        """The position of this process behind the batches that `took` was called for; json can hold it."""
         return {"processes": self.processes, **json.loads(json.dumps(self._state))}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on behind the last batch of `state`, which another process or run may have written.
+        """Continue behind the last batch of `state`, which another process or run may have written.
 
         Raises:
             ValueError: if it was made with another number of processes. (Workers are checked when they start.)
         """
         if state["processes"] != self.processes:
             raise ValueError(
-                f"the stream was left by {state['processes']} processes and cannot be taken up by {self.processes}"
+                f"the stream was saved by {state['processes']} processes and cannot be continued by {self.processes}"
             )
         self._state = {key: state[key] for key in self._state}
 
@@ -338,15 +339,15 @@ class Mixture(torch.utils.data.IterableDataset):
         return {**self.parts[reference["part"]].read(reference["group"], reference["row"]), "epoch": epoch}
 
     def _cut(self, rows: list[dict], epoch: int) -> list[list]:
-        """Rows -> batches of rows, or of lists of rows of one picture."""
+        """Rows -> batches of rows, or of lists of rows of one image."""
         items = rows
         if self.pack is not None:
-            pictures = defaultdict(list)
+            rows_of = defaultdict(list)
             for index, row in enumerate(rows):
-                pictures[picture_key(row) or index].append(row)
+                rows_of[picture_key(row) or index].append(row)
             items = [
                 found[start : start + self.pack]
-                for found in pictures.values()
+                for found in rows_of.values()
                 for start in range(0, len(found), self.pack)
             ]
         if self.token_budget is None:
@@ -373,7 +374,7 @@ class Mixture(torch.utils.data.IterableDataset):
 
 
 class MixtureCollator:
-    """A collator for the batches of a `Mixture`; adds `stream_state`, to be handed to `Mixture.took` when used."""
+    """A collator for the batches of a `Mixture`. It adds `stream_state`, for `Mixture.took` once the batch is used."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -404,7 +405,7 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
     Sources by name are prepared under `cache` first; `scenes` are drawn while training.
 
     Raises:
-        ValueError: for whatever is wrong with a part, or if Visual Genome's pictures cannot be compared with those to
+        ValueError: for whatever is wrong with a part, or if Visual Genome's images cannot be compared with those to
             be left out for want of `image_data`.
     """
     is_left_out = None
@@ -441,9 +442,9 @@ def load_parts(settings: dict, cache: str | Path) -> list[Part | DrawnPart]:
 
 
 def print_parts(parts: list[Part]) -> None:
-    """Print what is mixed, and what was left out because it is evaluated on."""
+    """Print the parts, and how many rows and images each leaves out."""
     total = sum(part.weight for part in parts)
-    print(f"{'':<28}{'':>12}{'rows of':>12}{'':>9}{'rows':>12}{'pictures':>12}")
+    print(f"{'':<28}{'':>12}{'rows of':>12}{'':>9}{'rows':>12}{'images':>12}")
     print(f"{'part':<28}{'rows':>12}{'an epoch':>12}{'drawn':>9}{'left out':>12}{'left out':>12}")
     for part in parts:
         epoch = min(len(part), part.per_epoch or len(part))
@@ -453,4 +454,4 @@ def print_parts(parts: list[Part]) -> None:
         )
     for part in parts:
         if part.unanswered_rows:
-            print(f"{part.name}: {part.unanswered_rows:,} rows have no answer to learn and are left out")
+            print(f"{part.name}: {part.unanswered_rows:,} rows without an answer are left out")

@@ -1,14 +1,14 @@
-"""Turn a data set from its original files into parquet shards in the schema of `data/schema.py`.
+"""Convert a data set from its original files to parquet shards in the schema of `data/schema.py`.
 
     python -m perceptiongpt.data.prepare coco --root coco --split train --output prepared/coco
     python -m perceptiongpt.data.prepare refer --root refer --dataset refcoco --split_by unc --split val \
         --images coco/train2014 --output prepared/refcoco --preview 12
     python -m perceptiongpt.data.prepare SOURCE --help       # what a source takes
 
-OUTPUT holds `<split>-00000-of-0000N.parquet`, `summary.json` (rows, images, signals per task, what was left out and
-why) and a `README.md` that tells `datasets.load_dataset(OUTPUT)` and the Hub which file belongs to which split. Images
-are stored by path, or as they are with `--embed_images`. The same command again goes on where it was stopped, and gives
-the same bytes.
+OUTPUT holds `<split>-00000-of-0000N.parquet`, `summary.json` (counts of rows, images and signals per task, what was
+left out and why) and a `README.md` from which `datasets.load_dataset(OUTPUT)` and the Hub know the files of each split.
+The shards hold the paths of the images, or with `--embed_images` the images. The same command again resumes a stopped
+run and gives the same bytes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import yaml
 from pyarrow import parquet
 from tqdm import tqdm
 
-from perceptiongpt.data.reading import Problems, picture_size
+from perceptiongpt.data.reading import Problems, image_size
 from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_slots, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
@@ -47,19 +47,19 @@ from perceptiongpt.data.sources import (
 )
 
 
-ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # a shard is also what is done again after a stop
-ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds at a time
+ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # after a stop, unfinished shards are made anew
+ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds in memory
 EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
 COUNTED = ("rows", "boxes", "masks", "points")  # per task
-UNKNOWN_SIZE = (640, 480)  # of the grey that stands for a picture of which not even the size is known
+UNKNOWN_SIZE = (640, 480)  # pixels of the grey image that is drawn where the size is unknown, too
 CARD = """---
 configs:
 - config_name: default
   data_files:
 {files}
 ---
-Prepared for PerceptionGPT from {sources}; one row is one conversation about its picture.
-`summary.json` holds the counts. The licences of the original annotations and pictures apply.
+Prepared for PerceptionGPT from {sources}; one row is one conversation about its image.
+`summary.json` holds the counts. The licences of the original annotations and images apply.
 """
 
 
@@ -81,12 +81,12 @@ def prepare(
         source: one of `data.sources.SOURCES`.
         output: the folder to write to; other splits may be there already.
         split: handed to the source, and what the files are called; None: the source's own default.
-        pictures: `path` (the shards name the files), `embed` (they hold them) or `none`.
-        num_proc: processes that check rows, open pictures and write; the source itself is read by one.
-        on_error: `raise` at the first bad record, or `skip` and count it.
-        rows_per_shard: rows of the source that go to one shard.
+        pictures: `path` (the shards hold the paths of the images), `embed` (they hold the images) or `none`.
+        num_proc: processes that check rows, read images and write; one process reads the source itself.
+        on_error: `raise` at the first bad record, or `skip` bad records and count them.
+        rows_per_shard: rows of the source per shard.
         progress: show a progress bar.
-        arguments: further ones of the source.
+        arguments: further arguments of the source.
 
     Returns:
         The summary of this split, as in `summary.json`.
@@ -140,10 +140,10 @@ def prepare(
 
 
 def _settings_of_work(work: Path, settings: dict) -> dict | None:
-    """The settings to which unfinished work binds those who go on with it; None if to none.
+    """The settings with which unfinished work must be resumed; None: any.
 
-    Nothing was finished where the command was wrong from the start. And whoever was stopped by a bad record may go on
-    without it: in the shards before it there was none.
+    Without a finished shard there is nothing to keep. A run that a bad record stopped may go on with `on_error="skip"`:
+    the finished shards have no bad record.
     """
     before = read_json_file(work / "settings.json")
     if before is None or not any(work.glob("[0-9]*.json")):
@@ -226,15 +226,15 @@ def _stored(row: dict, pictures: str, index: int):
     several = isinstance(row["image"], (list, tuple))
     stored = []
     for image in row_images(row):
-        if not isinstance(image, dict):  # a picture that was made, not read
+        if not isinstance(image, dict):  # an image that was made, not read
             buffer = BytesIO()
             image.save(buffer, "PNG")
             image = {"path": None, "bytes": buffer.getvalue()}
         opened = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-        size = picture_size.__wrapped__(opened) if isinstance(opened, BytesIO) else picture_size(opened)
+        size = image_size.__wrapped__(opened) if isinstance(opened, BytesIO) else image_size(opened)
         if not several and size != (row["width"], row["height"]):
             raise ValueError(
-                f"{name}: {image['path'] or 'the picture'} is {size[0]} x {size[1]} pixels, the annotations say "
+                f"{name}: {image['path'] or 'the image'} is {size[0]} x {size[1]} pixels, the annotations say "
                 f"{row['width']} x {row['height']}"
             )
         if image.get("bytes") is not None:
@@ -319,7 +319,7 @@ def _digest(rows: list[dict]) -> str:
     """A digest of the rows of a shard as the source gives them."""
 
     def plain(value):
-        content = value if isinstance(value, bytes) else value.tobytes()  # a picture
+        content = value if isinstance(value, bytes) else value.tobytes()  # an image
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     return hashlib.blake2b(json.dumps(rows, default=plain).encode(), digest_size=16).hexdigest()
@@ -329,7 +329,7 @@ def _short_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-# ---- files that are whole or not there -------------------------------------------------------------------------------
+# ---- files that are written in one step ------------------------------------------------------------------------------
 
 
 def replace_file(path: Path, write) -> None:
@@ -426,9 +426,9 @@ def preview_rows(root: str | Path, split: str, count: int) -> list[dict]:
 
 
 def draw_row(row: dict):
-    """A row's (first) picture with its boxes and masks, numbered as in the conversation below it.
+    """A row's (first) image with its boxes and masks, numbered as in the conversation below it.
 
-    Without a picture at hand they are drawn on grey.
+    Without an image at hand they are drawn on grey.
     """
     from PIL import Image, ImageDraw
 
@@ -478,7 +478,7 @@ def _takes_several(parameter: inspect.Parameter) -> bool:
 
 
 def _source_epilog(name: str, summary: str, entries: dict[str, str]) -> str:
-    """What `--help` says of a source: what it reads and makes, and what the options for every source mean to it."""
+    """The part of `--help` about one source: what it reads and makes, and what the common options mean for it."""
     said, default = {}, f" Default: {default_split(name)}."
     entries = {"split": "picks the files, and is what the column `split` says."} | entries
     for argument in COMMON_ARGUMENTS:
@@ -506,30 +506,32 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
         allow_abbrev=False,
     )
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
-    parser.add_argument("--root", metavar="DIR", help="the folder with the data set as its authors pack it")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--split", nargs="+", help="one or more splits (default: the source's own, see its --help)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the pictures, if it is elsewhere")
-    parser.add_argument("--annotations", nargs="+", metavar="FILE", help="annotation files that are elsewhere")
-    parser.add_argument("--tasks", nargs="+", help="only these of the source's tasks")
-    parser.add_argument("--seed", type=int, help="of the prompts and whatever else is drawn (default 0)")
-    parser.add_argument("--evaluation", action="store_true", help="the fixed prompts that measuring uses")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images or records")
-    parser.add_argument("--embed_images", action="store_true", help="put the pictures into the shards")
-    parser.add_argument("--no_images", action="store_true", help="rows without pictures, which need not be at hand")
-    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
-        "--on_error", choices=["raise", "skip"], default="raise", help="at a bad record (default: raise)"
+        "--root", metavar="DIR", help="the folder with the files of the data set (default: the folder of --annotations)"
     )
-    parser.add_argument("--rows_per_shard", type=int, metavar="N")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--split", nargs="+", help="one or more splits (default: the source's own, see its --help)")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if it is elsewhere")
+    parser.add_argument("--annotations", nargs="+", metavar="FILE", help="the annotation files, if they are elsewhere")
+    parser.add_argument("--tasks", nargs="+", help="make only these of the source's tasks")
+    parser.add_argument("--seed", type=int, help="seed of the prompts and of everything else that is drawn (default 0)")
+    parser.add_argument("--evaluation", action="store_true", help="use the fixed evaluation prompts")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N images or records")
+    parser.add_argument("--embed_images", action="store_true", help="store the images in the shards")
+    parser.add_argument("--no_images", action="store_true", help="make rows without images, which may be missing")
+    parser.add_argument("--num_proc", type=int, default=1, metavar="N", help="number of processes")
+    parser.add_argument(
+        "--on_error", choices=["raise", "skip"], default="raise", help="what to do about a bad record (default: raise)"
+    )
+    parser.add_argument("--rows_per_shard", type=int, metavar="N", help="rows per shard")
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="draw N rows to OUTPUT/preview-<split>.png")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to a data set repository afterwards")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="then upload the folder to a data set repository")
     named = next((argument for argument in arguments if argument in SOURCES), None)
     own = list(_own_arguments(named)) if named else []
     if named:
         summary, entries = source_help(named)
         parser.epilog = _source_epilog(named, summary, entries)
-        group = parser.add_argument_group(f"of the source {named}")
+        group = parser.add_argument_group(f"options of the source {named}")
         for name, parameter in own:
             text = entries.get(name, "").replace("%", "%%")
             text += "" if parameter.default is None else f" (default: {parameter.default})"
@@ -539,7 +541,7 @@ def read_command_line(arguments: Iterable[str] | None = None) -> argparse.Namesp
     if options.embed_images and options.no_images:
         parser.error("--embed_images and --no_images exclude each other")
     if options.push_to_hub and not (options.embed_images or options.no_images):
-        parser.error("--push_to_hub needs --embed_images (or --no_images): paths mean nothing elsewhere")
+        parser.error("--push_to_hub needs --embed_images (or --no_images): paths are of no use elsewhere")
     options.own = {}
     for name, parameter in own:
         value = getattr(options, f"own_{name}")

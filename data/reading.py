@@ -1,7 +1,7 @@
-"""Reading annotation files: packed or plain, large or small, never trusted.
+"""Reading annotation files, packed or plain, of any size, without trusting their content.
 
-Errors are `ValueError`s that name the file, the record, the value and what was expected. What concerns a single record
-goes through `Problems`, so that the user can choose to stop or to skip and count.
+Errors are `ValueError`s that name the file, the record, the value and what was expected. Errors in single records go
+through `Problems`, so that the user can choose to stop, or to skip and count them.
 """
 
 import bz2
@@ -43,20 +43,20 @@ COCO_NAMES = (
 COCO_FOLDERS = ("", "train2014", "val2014", "train2017", "val2017")
 
 
-class MissingPicture(ValueError):
-    """A picture that is in none of the folders where it was looked for."""
+class MissingImage(ValueError):
+    """An image that is in none of the folders searched."""
 
 
 @dataclass
 class Problems:
-    """What was wrong with records: the first problem raises, or all are counted and the first few are listed.
+    """Bad records: the first one raises an error, or all are counted and the first few of each kind listed.
 
     Attributes:
         skip: count and go on instead of raising.
-        keep: messages that are listed of each reason.
-        counts: how often each reason occurred, what `leave_out` counts included.
+        keep: how many messages to list per reason.
+        counts: how often each reason occurred, including those of `leave_out`.
         examples: the first messages of each reason, as "<reason>: <where>: <message>".
-        by_task: per task, how many of its rows could not be made, by reason; other tasks may use the same record.
+        by_task: per task and reason, how many rows it could not make of records that other tasks may use.
     """
 
     skip: bool = False
@@ -66,14 +66,14 @@ class Problems:
     by_task: dict[str, Counter] = field(default_factory=dict)
 
     def report(self, where: str, problem: str | ValueError, reason: str = "broken record") -> None:
-        """A record that cannot be used: raises `ValueError` unless `skip`; the caller then goes on without it.
+        """Raise `ValueError` for a bad record, or with `skip` count it, so that the caller goes on without it.
 
-        A `MissingPicture` is counted under a reason of its own, whatever `reason` is.
+        A `MissingImage` is always counted as "image not found".
         """
         message = str(problem).removeprefix(f"{where}: ")
         if not self.skip:
             raise ValueError(f"{where}: {message}")
-        reason = "picture not found" if isinstance(problem, MissingPicture) else reason
+        reason = "image not found" if isinstance(problem, MissingImage) else reason
         self.counts[reason] += 1
         self._list(f"{reason}: {where}: {message}")
 
@@ -83,17 +83,17 @@ class Problems:
             self.examples.append(example)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
-        """Something the format itself tells to leave out (a crowd region, a flag): counted, never an error."""
+        """Count what the format itself excludes (a crowd region, a flag); this is never an error."""
         if count:
             self.counts[reason] += count
 
     def leave_out_row(self, task: str, reason: str, count: int = 1) -> None:
-        """Rows that a task cannot make of a record that is whole: counted for that task alone."""
+        """Count rows that one task cannot make of an intact record."""
         if count:
             self.by_task.setdefault(task, Counter())[reason] += count
 
     def update(self, other: "Problems") -> None:
-        """Add what another process or file has found."""
+        """Add the counts and examples of another process or file."""
         self.counts.update(other.counts)
         for task, counts in other.by_task.items():
             self.by_task.setdefault(task, Counter()).update(counts)
@@ -398,7 +398,7 @@ def stream_json_array(stream: BinaryIO, *keys: str, bare: bool = False) -> Itera
 
 
 def until_broken(items: Iterable, path: str | Path, problems: Problems) -> Iterator:
-    """The items that are read from a file, up to where it is broken, which goes to `problems`."""
+    """The items of a file up to where it is broken; the error then goes to `problems`."""
     items = iter(items)
     while True:
         try:
@@ -499,19 +499,19 @@ def load_plain_pickle(path: str | Path, member: str = "*"):
     return content
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = None) -> Path:
-    """A COCO picture by its id, under the 2014 or the 2017 name, in `folder` or its folder of that release.
+    """A COCO image by its id, under the 2014 or the 2017 name, in `folder` or its folder of that release.
 
     Args:
-        folder: where the pictures are, or where `train2014`, `train2017`, ... are.
+        folder: where the images are, or where `train2014`, `train2017`, ... are.
         image_id: COCO's number.
         file_name: a further name to look for first.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if `file_name` leaves the folder.
     """
     names = [pattern.format(int(image_id)) for pattern in COCO_NAMES]
@@ -522,29 +522,29 @@ def find_coco_image(folder: str | Path, image_id: int, file_name: str | None = N
             if path.is_file():
                 return path
     looked_for = f"looked for {file_name or names[0]}, {names[-1]} and others"
-    raise MissingPicture(f"image {image_id} is not in {folder}; {looked_for}")
+    raise MissingImage(f"image {image_id} is not in {folder}; {looked_for}")
 
 
 def find_image(folder: str | Path, name: str) -> Path:
-    """The picture `name` in `folder`: under its whole name, else under the last part of it.
+    """The image `name` in `folder`: under its whole name, else under the last part of it.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if the name leaves the folder.
     """
     for candidate in (name, PurePosixPath(name).name):
         path = safe_join(folder, candidate)
         if path.is_file():
             return path
-    raise MissingPicture(f"image {name!r} is not in {folder}")
+    raise MissingImage(f"image {name!r} is not in {folder}")
 
 
 @lru_cache(maxsize=4096)
-def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
-    """(width, height) of a picture, upright as `datasets` opens it; `whole` also checks that it is not truncated.
+def image_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
+    """(width, height) of an image, upright as `datasets` opens it; `whole` also checks that it is not truncated.
 
     Raises:
-        MissingPicture: if there is none.
+        MissingImage: if there is none.
         ValueError: if it cannot be read.
     """
     try:
@@ -556,7 +556,7 @@ def picture_size(path: str | Path, whole: bool = True) -> tuple[int, int]:
                 )  # a JPEG is read whole, decoded small
                 image.load()
     except FileNotFoundError as error:
-        raise MissingPicture(f"{path}: there is no such picture") from error
+        raise MissingImage(f"{path}: there is no such image") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     return size

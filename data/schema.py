@@ -47,11 +47,11 @@ TASKS = (
 )
 POINT_TASKS = ("point", "point_all", "point_to_mask")
 DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
-MAX_PICTURE_PIXELS = 178_956_970  # Pillow opens none that is larger
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 
 class RowImage(Image):
-    """A `datasets.Image` that is read as every other image is: transparency on white, where `datasets` drops it."""
+    """A `datasets.Image` that reads images with `read_image`. (`datasets` would drop transparency.)"""
 
     def decode_example(self, value, token_per_repo_id=None):
         return read_image(value)
@@ -162,7 +162,7 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
     Args:
         row: a row with the columns of `row_features`.
         index: its number or name, for the error message.
-        with_images: False admits a row whose picture is not at hand (`image` None); if it has no signals, its size may
+        with_images: False admits a row whose image is not at hand (`image` None); if it has no signals, its size may
             be unknown (0 x 0).
 
     Returns:
@@ -202,7 +202,7 @@ def validate_row(row: dict, index: int | str | None = None, with_images: bool = 
 
 
 def check_unicode(text, name: str) -> None:
-    """`ValueError` unless this is a string that can be written to a file: json may hold half of a surrogate pair."""
+    """`ValueError` unless this is a string that UTF-8 can encode: json may hold half of a surrogate pair."""
     if not isinstance(text, str):
         raise ValueError(f"{name}: {str(text)[:80]!r} is not a string")
     try:
@@ -212,9 +212,9 @@ def check_unicode(text, name: str) -> None:
 
 
 def check_size(width, height, name: str) -> None:
-    """`ValueError` unless these are the sides in pixels of a picture that can be."""
+    """`ValueError` unless these are possible sides of an image in pixels."""
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in (width, height))
-    if not whole or min(width, height) < 1 or width * height > MAX_PICTURE_PIXELS:
+    if not whole or min(width, height) < 1 or width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{name}: image of {str(width)[:20]} x {str(height)[:20]} pixels")
 
 

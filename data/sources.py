@@ -1,4 +1,4 @@
-"""The sources by name: every annotation format of `data/` as a stream of checked rows, or as a data set.
+"""The sources by name: every annotation format in `data/`, as a stream of checked rows or as a data set.
 
 A source is a generator function of the arguments `COMMON_ARGUMENTS` and its own that yields rows of `data/schema.py`;
 docs/data.md says how to add one.
@@ -74,7 +74,7 @@ def default_split(name: str) -> str:
 
 
 def source_help(name: str) -> tuple[str, dict[str, str]]:
-    """What the docstring of a source says: (what it yields, what each of its arguments means)."""
+    """From the docstring of a source: (what it yields, what each of its arguments means)."""
     function = source_function(name)
     summary, entries = _read_docstring(function)
     head = inspect.cleandoc(inspect.getmodule(function).__doc__ or "")
@@ -138,7 +138,7 @@ def rows(name: str, **arguments) -> Iterator[dict]:
 
     Args:
         name: one of `SOURCES`.
-        arguments: of the source; `images=False` makes rows without pictures.
+        arguments: of the source; `images=False` makes rows without images.
     """
     problems = arguments.setdefault("problems", Problems())
     with_images = arguments.get("images") is not False

@@ -19,8 +19,8 @@ ASKS = re.compile(
 
 @cache
 def load_templates() -> dict[str, dict]:
-    """Per task: `prompts`, a list of phrasings, `evaluation`, the one that measuring uses, and, unless it is a direct
-    task, `answers`, the forms of its answer."""
+    """Per task: `prompts`, a list of phrasings; `evaluation`, the one for evaluation; and, unless it is a direct task,
+    `answers`, the forms of its answer."""
     return yaml.safe_load((Path(__file__).parent / "templates.yaml").read_text(encoding="utf-8"))
 
 
@@ -34,7 +34,7 @@ def render_turn(
 ) -> tuple[str, str]:
     """A prompt of `task` with its answer in one of the task's forms.
 
-    The evaluation prompt always goes with the first form, in which what is measured stands by itself.
+    The evaluation prompt always goes with the first form, which is the bare answer.
 
     Args:
         task: a task that has templates.
@@ -68,6 +68,6 @@ def _fill(task: str, template: str, phrase: str) -> str:
 
 
 def stable_generator(seed: int, *key) -> np.random.Generator:
-    """A random generator that depends on nothing but `seed` and the printed form of `key`."""
+    """A random generator that depends only on `seed` and the printed form of `key`."""
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])

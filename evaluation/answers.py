@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from perceptiongpt import inference
 from perceptiongpt.data.schema import row_to_messages
-from perceptiongpt.evaluation.loading import BROKEN_IMAGE_ERRORS
 from perceptiongpt.evaluation.predictions import read_entries
 from perceptiongpt.evaluation.samples import read_sample_image, signal_columns
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 
 
 PREDICTIONS = "predictions.jsonl"
@@ -63,16 +63,10 @@ def answer_teacher_forced(model, processor, samples: list[dict], images: list[Im
         valid[row, given : len(found)] = True
     rows = torch.arange(len(samples), device=ids.device)[:, None]
     emission = output.logits[rows, (positions - 1).clamp(min=0)].float().softmax(-1)[..., processor.vis_token_id]
-    values = {
-        "sequences": ids,
-        "prompt_length": ids.shape[1],
-        "boxes": output.pred_boxes,
-        "mask_logits": output.pred_mask_logits,
-        "object_scores": emission * output.pred_box_iou,
-        "object_mask_scores": emission * output.pred_mask_iou,
-        "object_valid": valid,
-        "positions": positions,
-    }
+    values = {"sequences": ids, "prompt_length": ids.shape[1], "object_valid": valid, "positions": positions}
+    for signal in (SIGNALS[name] for name in model.config.signals):
+        (prediction, quality), (value, score) = signal.prediction_names, signal.result_names
+        values |= {value: output[prediction], score: emission * output[quality]}
     results = processor.post_process_generation(values, target_sizes=_sizes(samples), mask_format="rle")
     return [no_answer(None) | {"objects": result["objects"]} for result in results]
 
@@ -88,7 +82,7 @@ def read_images(batch: list[dict], grey: bool) -> dict[str, Image.Image | str]:
         try:
             image = read_sample_image(sample)
             images[sample["id"]] = Image.new("RGB", image.size, GREY) if grey else image
-        except BROKEN_IMAGE_ERRORS as error:
+        except ValueError as error:
             images[sample["id"]] = f"image cannot be read: {error}"
     return images
 

@@ -8,8 +8,8 @@ import yaml
 
 from perceptiongpt.data.scenes.dataset import FIRST_TEST_SEED
 from perceptiongpt.data.sources import source_arguments
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.measures import MEASURES
+from perceptiongpt.inference import InputError
 
 
 BENCHMARKS_FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"

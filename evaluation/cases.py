@@ -9,7 +9,6 @@ from PIL import Image
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.drawing import SHEET_MARGIN, card, contact_sheet, draw_objects
 from perceptiongpt.evaluation.benchmarks import Benchmark
-from perceptiongpt.evaluation.loading import BROKEN_IMAGE_ERRORS
 from perceptiongpt.evaluation.measures import MEASURES
 from perceptiongpt.evaluation.predictions import SIGNALS, Prediction, plain_text, references
 from perceptiongpt.evaluation.results import Result
@@ -51,7 +50,7 @@ def write_cases(
             verdict = "" if value is None else f", {MEASURES[metric].value} {value:.2f}"
             try:
                 cards += draw_case(sample, entries.get(sample["id"]), result.predictions[sample["id"]], verdict)
-            except BROKEN_IMAGE_ERRORS as error:
+            except ValueError as error:
                 cards += [Image.new("RGB", (CASE_HEIGHT, CASE_HEIGHT), "grey")] * 2
                 print(f"{name}.jpg: sample {sample['id']}: {error}")
         contact_sheet(cards, CASE_COLUMNS, output / f"{name}.jpg", cell=CASE_CELL, max_bytes=SHEET_BYTES)

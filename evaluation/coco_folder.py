@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from perceptiongpt.data.reading import read_json, safe_join
-from perceptiongpt.evaluation.loading import InputError
+from perceptiongpt.inference import InputError
 
 
 SPLIT_NAMES = {"val": ("val", "valid", "validation")}  # names that users give to files and folders of a split

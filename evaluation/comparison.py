@@ -17,10 +17,10 @@ from perceptiongpt.evaluation.intervals import (
     resampled_values,
     sample_groups,
 )
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.measures import MEASURES
 from perceptiongpt.evaluation.reporting import number, write_text
 from perceptiongpt.evaluation.results import compute, whole_set_function
+from perceptiongpt.inference import InputError
 
 
 SHOWN_SAMPLES = 20  # of those that only one run has right
@@ -97,8 +97,9 @@ def _whole_set_differences(name: str, inputs: list[list[dict]], images: list[str
     for key in keys:
         a, b = (one[key] for one in values)
         interval = p = None
-        if drawn is not None:
-            deviation = float(np.nanstd(drawn[key], ddof=1))
+        known = drawn[key][np.isfinite(drawn[key])] if drawn else ()
+        if len(known) > 1:
+            deviation = float(known.std(ddof=1))
             interval = [b - a - Z95 * deviation, b - a + Z95 * deviation]
             # Of a normal distribution around 0; equal resamples with a difference leave no doubt.
             p = math.erfc(abs(b - a) / deviation / math.sqrt(2)) if deviation > 0 else float(abs(b - a) < SAME)

@@ -5,7 +5,7 @@ columns a number is made again, for its interval and for the comparison of two r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from perceptiongpt.evaluation.detection import detection_input, detection_tables, images_with_objects
 from perceptiongpt.evaluation.intervals import Ratio, WholeSet
@@ -60,13 +60,14 @@ class Measure:
     support: Callable[[list[dict], str], int] | None = None
     hit: str = ""
     value: str = ""
-    ratios: dict[str, Ratio] = field(init=False)
-    whole_set: dict[str, WholeSet] = field(init=False)
 
-    def __post_init__(self):
-        for name, kind in (("ratios", Ratio), ("whole_set", WholeSet)):
-            some = {key: one for key, one in self.estimates.items() if isinstance(one, kind)}
-            object.__setattr__(self, name, some)
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        return {key: one for key, one in self.estimates.items() if isinstance(one, Ratio)}
+
+    @property
+    def whole_set(self) -> dict[str, WholeSet]:
+        return {key: one for key, one in self.estimates.items() if isinstance(one, WholeSet)}
 
 
 # ---- one object ------------------------------------------------------------------------------------------------------

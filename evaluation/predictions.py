@@ -14,11 +14,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.geometry_perceptiongpt import box_iou, encode_rle, tight_box
+from perceptiongpt.inference import InputError
 from perceptiongpt.metrics.point_accuracy.point_accuracy import parse_point, points_in_masks
 from perceptiongpt.metrics.shared import empty_mask as mask_without_pixels
 from perceptiongpt.metrics.shared import is_number, parse_box, parse_mask
+from perceptiongpt.signals_perceptiongpt import SIGNALS as MODEL_SIGNALS
 
 
 MARKERS = (VIS_TOKEN, PHRASE_START_TOKEN, PHRASE_END_TOKEN)
@@ -33,18 +34,26 @@ class ObjectSignal:
     """How one signal of an object is written, read and compared.
 
     Attributes:
-        column: of a row, with one value per `<vis>`.
-        score: the object's key of the score that belongs to this signal; the score of the box where it is missing.
+        name: of the model's signal, and the object's key of its value.
         parse: (value, sample) -> the checked value; `ValueError` with the reason.
         compared_with: the signal of the reference that it is compared with.
         overlaps: (values, reference values) -> array (values, references); from 0.5 on a value is right.
     """
 
-    column: str
-    score: str
+    name: str
     parse: Callable
     compared_with: str
     overlaps: Callable
+
+    @property
+    def column(self) -> str:
+        """The column of a row, with one value per `<vis>`."""
+        return MODEL_SIGNALS[self.name].plural
+
+    @property
+    def score(self) -> str:
+        """The object's key of the signal's score; where it is missing, the score of the box counts."""
+        return MODEL_SIGNALS[self.name].score_name
 
 
 def _parse_mask_of(value, sample: dict) -> dict:
@@ -54,29 +63,27 @@ def _parse_mask_of(value, sample: dict) -> dict:
     return mask if isinstance(mask["counts"], str) else text_rle(mask)
 
 
-SIGNALS = {
-    "box": ObjectSignal(
-        column="boxes",
-        score="score",
+_SIGNALS = (
+    ObjectSignal(
+        name="box",
         parse=lambda value, sample: parse_box(value),
         compared_with="box",
         overlaps=lambda boxes, others: np.nan_to_num(box_iou([[box] for box in boxes], [others])),
     ),
-    "mask": ObjectSignal(
-        column="masks",
-        score="mask_score",
+    ObjectSignal(
+        name="mask",
         parse=_parse_mask_of,
         compared_with="mask",
         overlaps=lambda masks, others: np.array(coco_mask.iou(masks, others, [0] * len(others))),
     ),
-    "point": ObjectSignal(
-        column="points",
-        score="point_score",
+    ObjectSignal(
+        name="point",
         parse=lambda value, sample: parse_point(value),
         compared_with="mask",
         overlaps=lambda points, masks: points_in_masks(points, masks).astype(float),
     ),
-}
+)
+SIGNALS = {signal.name: signal for signal in _SIGNALS}
 
 
 def box_of_mask(mask: dict) -> list[float] | None:

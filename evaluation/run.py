@@ -15,13 +15,12 @@ from perceptiongpt.data.reading import Problems
 from perceptiongpt.evaluation import reporting
 from perceptiongpt.evaluation.answers import PREDICTIONS, answer, answer_teacher_forced, predict_all
 from perceptiongpt.evaluation.benchmarks import Benchmark, find_benchmark
-from perceptiongpt.evaluation.loading import InputError, check_name, load
 from perceptiongpt.evaluation.measures import MEASURES, TEACHER_FORCED, metrics_without_reference
 from perceptiongpt.evaluation.predictions import given_predictions, references
 from perceptiongpt.evaluation.results import Scorer
 from perceptiongpt.evaluation.samples import complete_options, describe_samples, is_scenes_bench, read_samples
 from perceptiongpt.evaluation.scenes_bench import bench_details
-from perceptiongpt.inference import checkpoint_hash
+from perceptiongpt.inference import InputError, check_name, checkpoint_hash, load
 
 
 RUN_FILE = "run.json"

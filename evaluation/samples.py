@@ -30,8 +30,9 @@ from perceptiongpt.data.sources import rows as source_rows
 from perceptiongpt.data.templates import load_templates
 from perceptiongpt.evaluation.benchmarks import Benchmark, choose_split
 from perceptiongpt.evaluation.coco_folder import find_coco_files, find_coco_images, is_named_after
-from perceptiongpt.evaluation.loading import InputError, read_image
-from perceptiongpt.evaluation.predictions import SIGNALS
+from perceptiongpt.images_perceptiongpt import read_image
+from perceptiongpt.inference import InputError
+from perceptiongpt.signals_perceptiongpt import SIGNALS
 
 
 BENCH_PREFIX = "scenes-bench"  # splits of the scenes whose rows are fixed
@@ -119,7 +120,7 @@ def is_scenes_bench(split: str | None) -> bool:
 
 def signal_columns(row: dict) -> list[str]:
     """The columns of a row, or keys of a sample, that hold one value per `<vis>`."""
-    return [signal.column for signal in SIGNALS.values() if signal.column in row]
+    return [signal.plural for signal in SIGNALS.values() if signal.plural in row]
 
 
 def split_row(row: dict, prompts: dict[str, str]) -> tuple[dict, dict]:

@@ -1,6 +1,7 @@
 """From a folder to a repository: stage, check, card, upload. `publish` and `publish_adapter` are what commands call."""
 
 import contextlib
+import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,9 @@ def publish(folder: str | Path, publication: Publication, log: Callable[[str], N
     """
     folder = Path(folder)
     config = check_checkpoint(folder)
-    target = None if publication.dry_run else find_target(publication.repo_id, publication.token, publication.replace)
+    if publication.card is None:
+        check_drawing()
+    target = access(publication)
     repo_id = target.repo_id if target else publication.repo_id
     evaluations = [read_evaluation(one, folder, repo_id) for one in publication.evaluations]
     with working_folders(publication.stage) as (stage_folder, work):
@@ -146,8 +149,11 @@ def publish_adapter(
     config = check_checkpoint(folder)
     recipe = read_recipe_file(folder)
     base = adapters.base_of_recipe(recipe)
-    target = None if publication.dry_run else find_target(publication.repo_id, publication.token, publication.replace)
+    check_drawing()
+    target = access(publication, is_adapter=True)
     repo_id = target.repo_id if target else publication.repo_id
+    if base_repo is not None and target:
+        base_repo = access(base_publication(publication, base_repo)).repo_id
     with working_folders(publication.stage) as (stage_folder, work):
         if base_repo is None:
             base = adapters.pin_revisions(base)
@@ -250,6 +256,19 @@ def working_folders(stage: str | Path | None) -> Iterator[tuple[Path, Path]]:
         work = Path(temporary, "work")
         work.mkdir()
         yield Path(stage) if stage is not None else Path(temporary, "stage"), work
+
+
+def access(publication: Publication, is_adapter: bool = False) -> Target | None:
+    """The repository, which may be written to; None in a dry run."""
+    if publication.dry_run:
+        return None
+    return find_target(publication.repo_id, publication.token, publication.replace, is_adapter)
+
+
+def check_drawing() -> None:
+    """Raise `PublishError` where the card's picture could not be drawn."""
+    if importlib.util.find_spec("supervision") is None:
+        raise PublishError("the card's picture is drawn by supervision: pip install supervision, or give --card FILE")
 
 
 def make_examples(publication: Publication, work: Path) -> list[dict]:

@@ -46,13 +46,14 @@ class Target:
     user: str
 
 
-def find_target(repo_id: str, token: str | None = None, replace: bool = False) -> Target:
+def find_target(repo_id: str, token: str | None = None, replace: bool = False, is_adapter: bool = False) -> Target:
     """Check, before anything is done, that a repository can be published to.
 
     Args:
         repo_id: `user/name`, or the name alone for one's own.
         token: in place of the one that `hf auth login` or `HF_TOKEN` left.
         replace: allow a repository that holds another kind of model.
+        is_adapter: what will be published is an adapter alone.
 
     Raises:
         PublishError: there is no token, or it has no rights; the name is malformed or taken; the Hub is not reached.
@@ -93,23 +94,25 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False) -
                 raise PublishError(f"the name is taken: {repo_id} exists, and {user} may not write to it") from error
             raise
         if not replace:
-            check_content(api, repo_id, {sibling.rfilename for sibling in info.siblings or []})
+            check_content(api, repo_id, {sibling.rfilename for sibling in info.siblings or []}, is_adapter)
     except HUB_ERRORS as error:
         raise explained(error, repo_id) from error
     return Target(api, repo_id, True, user)
 
 
-def check_content(api: HfApi, repo_id: str, files: set[str]) -> None:
-    """Refuse to write over a model of another kind."""
+def check_content(api: HfApi, repo_id: str, files: set[str], is_adapter: bool) -> None:
+    """Refuse to write over a model of another kind, or over a whole model with an adapter alone or the reverse."""
     taken = f"the name is taken: {repo_id} holds"
     if "config.json" in files:
         path = api.hf_hub_download(repo_id, "config.json")
         found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-        if found != MODEL_TYPE:
+        if found != MODEL_TYPE or is_adapter:
             raise PublishError(f"{taken} a model of the type {found!r}; choose another name, or give --replace")
+    elif "adapter_config.json" in files:
+        if not is_adapter:
+            raise PublishError(f"{taken} an adapter; choose another name, or give --replace")
     elif weights := sorted(name for name in files if name.endswith((".safetensors", ".bin", ".gguf", ".pt"))):
-        if "adapter_config.json" not in files:
-            raise PublishError(f"{taken} other weights ({weights[0]}); choose another name, or give --replace")
+        raise PublishError(f"{taken} other weights ({weights[0]}); choose another name, or give --replace")
 
 
 def upload(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
 from perceptiongpt.data.sources import load_source
+from perceptiongpt.training.recipe import read_recipe, read_yaml
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -99,10 +100,10 @@ def test_a_config_keeps_its_values(version, name):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_a_recipe_is_read(path):
     # The recipes leave the model to the command line; `model.config` is for a pair of backbones.
-    joins = "config" in training.read_yaml(path).get("model", {})
+    joins = "config" in read_yaml(path).get("model", {})
     overrides = ["model.vision=DIR", "model.text=DIR"] if joins else ["model.checkpoint=DIR"]
-    recipe = training.read_recipe(path, overrides)
-    for section, values in training.read_yaml(path).items():
+    recipe = read_recipe(path, overrides)
+    for section, values in read_yaml(path).items():
         for key in values.keys() - {"train", "eval"}:
             assert recipe[section][key] == values[key] or values[key] is False, f"{section}.{key}"
     assert recipe["data"]["train"]

@@ -29,9 +29,17 @@ TINY_COCO = ("tiny_coco/annotations/instances_train2017.json", "tiny_coco/train2
 COCO128 = ("coco128/instances_train2017.json", "coco128/train2017")
 
 
+USUAL_TASKS = tuple(task for task in COCO_TASKS if task not in POINT_TASKS)
+
+
 @pytest.fixture(scope="module")
 def tiny_rows(data_dir):
-    return load_coco(*(data_dir / part for part in TINY_COCO), tasks=COCO_TASKS)
+    return list(coco_rows(*(data_dir / part for part in TINY_COCO), USUAL_TASKS))
+
+
+@pytest.fixture(scope="module")
+def tiny_coco(data_dir):
+    return COCO(str(data_dir / TINY_COCO[0]))
 
 
 def changed(row: dict, **changes) -> dict:
@@ -163,9 +171,9 @@ def test_broken_rle_is_an_error_and_no_crash(counts):
 
 
 @pytest.mark.parametrize("files", [TINY_COCO, COCO128])
-def test_rows_agree_with_counts_from_pycocotools(data_dir, files):
+def test_rows_agree_with_counts_from_pycocotools(data_dir, files, tiny_rows):
     annotations, images = (data_dir / part for part in files)
-    rows = load_coco(annotations, images, tasks=COCO_TASKS)
+    rows = tiny_rows if files == TINY_COCO else list(coco_rows(annotations, images, USUAL_TASKS))
     coco = COCO(str(annotations))
     by_category = defaultdict(list)
     for annotation in coco.anns.values():
@@ -174,46 +182,65 @@ def test_rows_agree_with_counts_from_pycocotools(data_dir, files):
     assert (len(coco.anns), len(coco.imgs)) == ((470, 50) if files == TINY_COCO else (361, 45))
     assert files != TINY_COCO or crowds == 5
     clean = {key: group for key, group in by_category.items() if not any(one["iscrowd"] for one in group)}
-    count = Counter(rows["task"])
-    assert count["box_to_mask"] == count["point_to_mask"] == len(coco.anns) - crowds
+    count = Counter(row["task"] for row in rows)
+    assert count["box_to_mask"] == len(coco.anns) - crowds
     assert count["detect"] == len(clean)
     assert count["no_target"] == len(coco.imgs)
     assert 0 < count["refer"] <= count["box_to_mask"]
     singles = sum(len(group) == 1 for group in clean.values())
-    prompts = [row["messages"][0]["content"] for row in rows.remove_columns("image") if row["task"] == "refer"]
+    prompts = [row["messages"][0]["content"] for row in rows if row["task"] == "refer"]
     assert sum("the " in prompt.lower() for prompt in prompts) >= singles
 
 
-def test_rows_are_valid_and_masks_equal_pycocotools(data_dir, tiny_rows):
-    coco = COCO(str(data_dir / TINY_COCO[0]))
-    wanted = Counter()
-    for annotation in coco.anns.values():
-        if not annotation["iscrowd"]:
-            wanted[annotation["image_id"], coco.annToMask(annotation).tobytes()] += 1
+def test_rows_are_valid_and_masks_equal_pycocotools(tiny_coco, tiny_rows):
+    wanted = {
+        (str(annotation["image_id"]), tiny_coco.annToRLE(annotation)["counts"].decode())
+        for annotation in tiny_coco.anns.values()
+        if not annotation["iscrowd"]
+    }
+    seen = set()
     for index, row in enumerate(tiny_rows):
-        validate_row(row, index)
-        assert row["image"].size == (row["width"], row["height"]) and row["image"].mode == "RGB"
-        for mask in row["masks"]:
-            assert mask is None or wanted[int(row["image_id"]), decode_rle(mask).tobytes()]
+        if row["task"] == "box_to_mask":
+            validate_row(row, index)
+        masks = {(row["image_id"], mask["counts"]) for mask in row["masks"] if mask is not None}
+        assert masks <= wanted
+        seen |= masks
         if row["task"] == "detect":
             corners = [box[:2] for box in row["boxes"]]
             assert corners == sorted(corners)
+    assert seen == wanted
 
 
-def test_crowd_rle_and_multi_polygons_equal_pycocotools(data_dir):
-    coco = COCO(str(data_dir / TINY_COCO[0]))
+def test_images_are_opened_when_a_row_is_read(data_dir):
+    for row in load_coco(*(data_dir / part for part in TINY_COCO), limit=3):
+        assert row["image"].size == (row["width"], row["height"]) and row["image"].mode == "RGB"
+
+
+def test_points_lie_in_the_masks_of_real_objects(data_dir):
+    files = [data_dir / part for part in TINY_COCO]
+    rows = list(coco_rows(*files, ("box_to_mask", *POINT_TASKS), limit=6))
+    tasks = Counter(row["task"] for row in rows)
+    assert tasks["point_to_mask"] == tasks["box_to_mask"] >= tasks["point"] > 10 and tasks["point_all"] > 5
+    for row in rows:
+        given = row["masks"][1:] if row["task"] == "point_to_mask" else row["masks"]
+        for mask, (x, y) in zip(given, [point for point in row["points"] if point], strict=False):
+            assert decode_rle(mask)[int(y), int(x)]
+
+
+def test_crowd_rle_and_multi_polygons_equal_pycocotools(tiny_coco):
     kinds = Counter()
-    for annotation in coco.anns.values():
-        record, segmentation = coco.imgs[annotation["image_id"]], annotation["segmentation"]
-        mask = decode_rle(segmentation_to_rle(segmentation, record["height"], record["width"]))
-        assert (mask == coco.annToMask(annotation)).all()
+    for annotation in tiny_coco.anns.values():
+        record, segmentation = tiny_coco.imgs[annotation["image_id"]], annotation["segmentation"]
+        if not kinds["single"] or annotation["iscrowd"] or len(segmentation) > 1:
+            mask = decode_rle(segmentation_to_rle(segmentation, record["height"], record["width"]))
+            assert (mask == tiny_coco.annToMask(annotation)).all()
         kinds["crowd" if annotation["iscrowd"] else "multi" if len(segmentation) > 1 else "single"] += 1
     assert (kinds["crowd"], kinds["multi"]) == (5, 38)
 
 
-def test_no_target_asks_for_what_is_absent(data_dir, tiny_rows):
-    coco = COCO(str(data_dir / TINY_COCO[0]))
-    for row in tiny_rows.remove_columns("image"):
+def test_no_target_asks_for_what_is_absent(tiny_coco, tiny_rows):
+    coco = tiny_coco
+    for row in tiny_rows:
         if row["task"] == "no_target":
             name = row["messages"][1]["content"].removeprefix("There is no ").removesuffix(".")
             present = {coco.cats[one["category_id"]]["name"] for one in coco.imgToAnns[int(row["image_id"])]}
@@ -367,7 +394,7 @@ def test_what_cannot_be_a_target_makes_no_rows(folder):
         ({"annotation": {"segmentation": {"size": [40, 30], "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
         ({"annotation": {"segmentation": {"size": [30, 40], "counts": "a b"}}}, "RLE string"),
         ({"annotation": {"segmentation": {"size": None, "counts": [1200]}}}, r"RLE of size \[30, 40\]"),
-        ({"annotation": {"segmentation": [[5, 5, 1e9, 5, 15, 20]]}}, "lies far outside the 40 x 30 picture"),
+        ({"annotation": {"segmentation": [[5, 5, 1e9, 5, 15, 20]]}}, "lies far outside the 40 x 30 image"),
         ({"annotation": {"image_id": [1]}}, "annotation 9 belongs to image \\[1\\], which is not listed"),
         ({"image": {"width": 10**6, "height": 10**6}}, "image 1: image of 1000000 x 1000000 pixels"),
         ({"image": {"width": None}}, "image 1: image of None x 30 pixels"),

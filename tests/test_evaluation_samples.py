@@ -5,25 +5,23 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from metric_inputs import mini_arguments, perfect, samples_of
 from perceptiongpt import validate
 from perceptiongpt.data.templates import load_templates
-from perceptiongpt.evaluation import samples as samples_module
+from perceptiongpt.evaluation import reporting
 from perceptiongpt.evaluation.benchmarks import find_benchmark, read_benchmarks
 from perceptiongpt.evaluation.coco_folder import find_coco_files, find_coco_images
-from perceptiongpt.evaluation.loading import InputError
 from perceptiongpt.evaluation.measures import MEASURES
 from perceptiongpt.evaluation.predictions import references
 from perceptiongpt.evaluation.results import Scorer
 from perceptiongpt.evaluation.samples import read_sample_image
 from perceptiongpt.geometry_perceptiongpt import decode_mask
+from perceptiongpt.inference import InputError
 
 
 IMAGES = "coco128/train2017"
-POINT_TASKS = {"point", "point_all", "point_to_mask"}
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def test_every_benchmark_names_what_exists():
         "refcoco refcoco+ refcocog grefcoco reasonseg flickr30k_spotting coco_multi_instance coco refcocog_regions "
         "visual_genome_regions coco_captions flickr30k_captions vqav2 okvqa pope scenes_bench_1"
     )
-    tasks = set(load_templates()) | {"no_target", "dialogue"} | POINT_TASKS
+    tasks = set(load_templates()) | {"no_target", "dialogue"}
     assert set(expected.split()) <= set(known) and {f"scenes_{task}" for task in tasks} <= set(known)
     for name, benchmark in known.items():
         assert set(benchmark.tasks) <= tasks and benchmark.splits[0], name
@@ -165,7 +163,9 @@ def test_annotations_alone_tell_their_split(folders):
     assert {one["split"] for one in samples_of(*other, "--split", "mine")} == {"mine"}
 
 
-def test_files_of_the_same_split_are_not_chosen_between(folders, tmp_path, capsys):
+def test_files_of_the_same_split_are_not_chosen_between(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "write_cases", lambda *args: None)
+    monkeypatch.setattr(reporting, "plot_calibration", lambda *args: None)
     root = folders.make("e", "photos", "first/instances_val.json", "second/instances_val.json")
     with pytest.raises(InputError, match="choose one of first/instances_val.json, second/instances_val.json"):
         samples_of("--benchmark", "coco", "--data", root)
@@ -267,22 +267,29 @@ def test_samples_are_listed_for_other_models(mini, tmp_path, capsys):
         assert [message["role"] for message in line["messages"][:2]] == ["user", "assistant"]
 
 
-def test_points_of_a_row_are_kept(monkeypatch):
-    """Rows of a task with points, as a source of them gives them."""
-    (row, *_) = samples_module.source_rows(
-        "scenes", split="test", seed=10**6, tasks=["refer"], limit=1, evaluation=True
-    )
-    row |= {"task": "point", "points": [[3.0, 4.0]]}
-    monkeypatch.setattr(samples_module, "source_rows", lambda *args, **kwargs: iter([row]))
-    (sample,) = samples_of("--benchmark", "scenes_point")
-    assert references(sample) == [{"box": row["boxes"][0], "mask": row["masks"][0], "point": [3.0, 4.0]}]
-    assert sample["points"] == sample["boxes"] == []
-    scorer = Scorer(find_benchmark("scenes_point").metrics)
-    pixels = np.argwhere(decode_mask(row["masks"][0], row["height"], row["width"]))
-    inside, (_, _, right, bottom) = pixels[0, ::-1] + 0.5, row["boxes"][0]
-    for point, share in ((inside.tolist(), 1), ([right + 2, bottom + 2], 0)):
-        found = scorer.score([sample], {sample["id"]: {"objects": [{"point": point}]}})
-        assert found.metrics["point_accuracy"]["points_in_mask"] == share
-        assert found.calibration["point"]["accuracy"] == share
-    missing = scorer.score([sample], {sample["id"]: {"objects": [{"box": row["boxes"][0]}]}})
-    assert missing.missing == {"object without point": 1}
+@pytest.mark.parametrize("task", ["point", "point_all"])
+def test_points_are_compared_with_masks(task):
+    samples = samples_of("--benchmark", f"scenes_{task}", "--limit", 3)
+    entries = {sample["id"]: perfect(sample) for sample in samples}  # the deepest pixel of each object
+    assert all(one["point"] for sample in samples for one in references(sample))
+    scorer = Scorer(find_benchmark(f"scenes_{task}").metrics)
+    right = scorer.score(samples, entries)
+    assert right.metrics["point_accuracy"]["points_in_mask"] == 1 == right.calibration["point"]["accuracy"]
+    for entry in entries.values():
+        entry["objects"][0]["point"] = [-5.0, 3.0]
+    wrong = scorer.score(samples, entries)
+    assert wrong.metrics["point_accuracy"]["points_in_mask"] < 1 > wrong.calibration["point"]["accuracy"]
+    for entry in entries.values():
+        del entry["objects"][0]["point"]
+    assert scorer.score(samples, entries).missing == {"object without point": 3}
+
+
+def test_a_click_of_the_prompt_is_kept(data_dir):
+    clicks = samples_of("--benchmark", "scenes_point_to_mask", "--limit", 1)
+    clicks += samples_of("--benchmark", "coco_point_to_mask", "--data", data_dir / "coco128", "--limit", 1)
+    for sample in clicks:
+        ((x, y),) = sample["points"]
+        (target,) = references(sample)
+        assert decode_mask(target["mask"], sample["height"], sample["width"])[int(y), int(x)]
+        result = Scorer({"referring_iou": None}).score([sample], {sample["id"]: perfect(sample)})
+        assert result.metrics["referring_iou"]["ciou"] == 1

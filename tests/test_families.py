@@ -62,7 +62,7 @@ def load(saved):
 
 
 def content(*items) -> list[dict]:
-    """Content items from strings, pictures, boxes and (box, mask) pairs."""
+    """Content items from strings, images, boxes and (box, mask) pairs."""
     kinds = []
     for item in items:
         if isinstance(item, str):
@@ -76,17 +76,17 @@ def content(*items) -> list[dict]:
     return kinds
 
 
-def picture(seed: int) -> Image.Image:
+def image_of(seed: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (24, 36, 3), dtype=torch.uint8, generator=generator).numpy())
 
 
 def conversations() -> list[list[dict]]:
-    """Three rows, questions and answers: a box and a region, two pictures, text alone."""
+    """Three rows, questions and answers: a box and a region, two images, text alone."""
     mask = torch.zeros(24, 36, dtype=torch.bool)
     mask[4:15, 9:30] = True
     region = ([9, 4, 30, 15], mask.numpy())
-    first, second, third = (picture(seed) for seed in range(3))
+    first, second, third = (image_of(seed) for seed in range(3))
     rows = [
         (content(first, "What is in ", [2, 3, 20, 21], " and ", region, "?"), content("The red cup ", region)),
         (content(second, third, "Find the cat."), content([1, 5, 20, 22], [8, 2, 30, 12])),
@@ -388,7 +388,7 @@ def test_text_alone_is_the_language_model(make_tiny_model, tiny_backbones, text)
 
 @pytest.mark.parametrize(("text", "vision"), PAIRS)
 @torch.no_grad()
-def test_pictures_of_a_row_stand_where_their_tokens_do(load, text, vision):
+def test_images_of_a_row_stand_where_their_tokens_do(load, text, vision):
     model, inputs = load(text, vision)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     is_image = inputs["input_ids"] == model.config.image_token_id

@@ -178,8 +178,8 @@ def test_flickr_same_words_for_two_things_are_not_asked_for(flickr_folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"xml": XML[:200]}, "picture 5: truncated or broken xml"),
-        ({"xml": XML.replace("<xmax>21<", "<xmax>103<")}, "picture 5: box of chain 7, less 1,.* outside"),
+        ({"xml": XML[:200]}, "image 5: truncated or broken xml"),
+        ({"xml": XML.replace("<xmax>21<", "<xmax>103<")}, "image 5: box of chain 7, less 1,.* outside"),
         ({"xml": XML.replace("<xmax>21<", "<xmax>0<")}, "has no area"),
         ({"xml": XML.replace("<xmax>21<", "<xmax>wide<")}, "bndbox/xmax is 'wide', expected a whole number"),
         ({"xml": XML.replace("<name>9</name>", "")}, "names \\[\\], expected numbers"),
@@ -654,7 +654,7 @@ def test_karpathy_split(data_dir, tmp_path):
     files = [tmp_path / "dataset_coco.json.zip", data_dir / "tiny_coco/annotations/captions_train2017.json"]
     sized = checked(coco_captions_rows(tmp_path, split="karpathy_test", annotations=files, images=False))
     assert len(sized) == 10 and sized[0]["width"] > 0
-    with pytest.raises(ValueError, match="no pictures of the split 'karpathy_dev'"):
+    with pytest.raises(ValueError, match="no images of the split 'karpathy_dev'"):
         list(coco_captions_rows(tmp_path, split="karpathy_dev"))
     broken = write(tmp_path / "broken.json", {"images": [{**images[3], "cocoid": []}]})
     with pytest.raises(ValueError, match="'cocoid' is '\\[\\]', expected int"):

@@ -91,7 +91,7 @@ def test_rows_without_pictures_take_their_size_from_columns(folder):
     (caption,) = read(folder(record), "image=i caption=t", images=False)
     assert caption["width"] == caption["height"] == 0
     for change, message, mapping in (
-        ({}, "the picture's size is in no", ""),
+        ({}, "the image's size is in no", ""),
         ({"w": "20"}, "'width' is '20'", " width=w height=h"),
         ({"i": "../a.jpg"}, "leaves the folder", " width=w height=h"),
         ({"i": "a.jpg", "w": 21}, "20 x 10 pixels, the annotations say 21", " width=w height=h"),
@@ -146,7 +146,7 @@ def test_bad_records_are_one_error_or_counted(folder, columns, change, message):
     problems = Problems(skip=True)
     count = len(read(folder(GOOD, GOOD), columns))
     assert len(read(folder(GOOD, {**GOOD, **change}, GOOD), columns, problems=problems)) == count
-    assert problems.counts == {"picture not found" if "not in" in message else "broken record": 1}
+    assert problems.counts == {"image not found" if "not in" in message else "broken record": 1}
 
 
 def test_one_file_and_the_column_image_by_itself(tmp_path):

@@ -70,6 +70,15 @@ def test_training_starts_from_a_llava_checkpoint(llava_folder, tmp_path):
     assert PerceptionGPTForConditionalGeneration.from_pretrained(output).config.mixture_base_layer == 1
 
 
+def test_a_config_that_cannot_be_is_an_error_of_one_line(tiny_backbones, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{train: {{source: parquet, root: {ROWS}}}}}")
+    vision, text = tiny_backbones()
+    model = [f"model.vision={vision}", f"model.text={text}", "model.config.position_gain=abc"]
+    with pytest.raises(SystemExit, match="^error: .*position_gain"):
+        training.main(["--config", str(recipe), *model, "training.use_cpu=true", "--output", str(tmp_path / "run")])
+
+
 def test_answers_after_llavas_template_are_supervised_to_their_end(joined):
     """The template writes no end of turn, and puts a blank between its prompt and an answer that it does not mark."""
     model, processor = joined

@@ -156,6 +156,7 @@ def test_sixteen_photos_are_learned(data_dir, tmp_path):
             "attn_implementation": "eager",
             "config": {
                 "position_gain": 1.0,
+                "signals": ["box", "mask"],
                 "box_config": {"hidden_size": 256},
                 "mask_config": {
                     "hidden_size": 128,

@@ -296,7 +296,7 @@ def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, monkeypa
     rows = [part.read(*where) for where in zip(*part.epoch(0, 0, False), strict=True)]
     assert {row["messages"][-1]["role"] for row in rows} == {"assistant"}
     mixtures.print_parts([part])
-    assert "some: 3 rows have no answer to learn" in capsys.readouterr().out
+    assert "some: 3 rows without an answer are left out" in capsys.readouterr().out
 
 
 def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):
@@ -304,7 +304,7 @@ def test_rows_without_pictures_are_refused_before_training(data_dir, tmp_path):
         arguments = {"root": str(data_dir / "refcoco_mini"), "split": "val", "images": images and str(images)}
         prepare("refer", tmp_path / pictures, pictures=pictures, **arguments)
     assert len(Part("with", prepared_files(tmp_path / "path", "val"))) == 4
-    with pytest.raises(ValueError, match="without: .*val-00000-of-00001.parquet was prepared without its pictures"):
+    with pytest.raises(ValueError, match="without: .*val-00000-of-00001.parquet was prepared without its images"):
         Part("without", prepared_files(tmp_path / "none", "val"))
 
 

@@ -188,7 +188,7 @@ def test_bad_records_raise_or_are_counted_and_listed(source, tmp_path):
         prepare("drawn", tmp_path / "raise")
     summary = prepare("drawn", tmp_path / "skip", on_error="skip", rows_per_shard=4)
     assert summary["rows"] == 15
-    assert summary["left_out"] == {"broken record": 1, "picture not found": 1, "row breaks the schema": 3}
+    assert summary["left_out"] == {"broken record": 1, "image not found": 1, "row breaks the schema": 3}
     listed = "\n".join(summary["examples"])
     assert all(text in listed for text in ("is broken", "row 7", "row 10", "1000 x", "gone.png", "cut.png"))
     with pytest.raises(ValueError, match="on_error 'ignore'"):
@@ -206,8 +206,8 @@ def test_few_examples_of_each_reason_are_printed(source, tmp_path, capsys):
     assert len(summary["examples"]) == 10
     preparing.print_summary("train", summary)
     printed = capsys.readouterr().out
-    assert printed.count("gone.png: there is no such picture") == preparing.EXAMPLES_PRINTED
-    assert "9 x picture not found" in printed and "the annotations say 1000 x" in printed
+    assert printed.count("gone.png: there is no such image") == preparing.EXAMPLES_PRINTED
+    assert "9 x image not found" in printed and "the annotations say 1000 x" in printed
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1]), (3, [1, 2]), (5, [1, 4]), (7, [1, 6]), (20, [1, 12])])

@@ -170,7 +170,7 @@ def test_original_records_under_every_partition(data_dir, tmp_path):
         next(refer_rows(tmp_path, dataset="refcoco", split_by="umd", images=False))
     # of google's RefCOCOg, the same picture is in train and val; it does not count unless it is named
     assert refcoco_family_eval_images(tmp_path / "refcocog/refs(google).p") == {"460986"}
-    with pytest.raises(ValueError, match="no pictures of a val or test split"):
+    with pytest.raises(ValueError, match="no images of a val or test split"):
         refcoco_family_eval_images(tmp_path)
     # packed as they are downloaded, in a folder or one alone
     packed = tmp_path / "packed"
@@ -625,7 +625,7 @@ def test_ignored_regions_flags_and_old_encodings(tmp_path):
     (packed,) = reasonseg_rows(tmp_path, split="test", images=tmp_path / "val")
     assert packed["masks"] == row["masks"]
     (tmp_path / "val/a.jpg").unlink()
-    with pytest.raises(ValueError, match="a.json: the picture's size is in no"):
+    with pytest.raises(ValueError, match="a.json: the image's size is in no"):
         list(reasonseg_rows(tmp_path, split="val", images=False))
     with pytest.raises(ValueError, match="no json files of split 'train'"):
         list(reasonseg_rows(tmp_path))

@@ -1,8 +1,10 @@
 """Recipes with stages: what each starts from, what it leaves, and runs that stop anywhere."""
 
 import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +149,14 @@ def test_what_a_stage_takes_from_the_recipe(coco_folder):
     assert one["model"]["dtype"] == two["model"]["dtype"] == "bfloat16"
     assert one["data"]["train"] == [{"source": "scenes"}] and "annotations" in two["data"]["train"][0]
     assert (one["collator"]["pack"], two["collator"]["pack"], two["collator"]["box_jitter"]) == (None, 4, 0.02)
+
+
+def test_example_in_the_documentation():
+    page = (Path(training.__file__).parent / "docs/training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (_, _, heads), (_, _, everything) = stage_recipes(complete_recipe(yaml.safe_load(example)))
+    assert (heads["adapter"]["mode"], everything["adapter"]["mode"]) == ("heads", "full")
+    assert heads["training"]["max_steps"] == 1000 and heads["training"]["save_steps"] == 500
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ class KeepGradients(TrainerCallback):
         control.should_log = True
 
 
+def rows_with_targets(images: int) -> list[dict]:
+    """Drawn rows in which every signal has targets."""
+    rows = drawn_rows(images)
+    for row in rows[::5]:
+        x0, y0, x1, y1 = row["boxes"][0]
+        row["points"] = [[(x0 + x1) / 2, (y0 + y1) / 2]]
+    return rows
+
+
 def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, dict]:
     """Losses and gradients (by name) of the first step of a full fine-tuning."""
     model = PerceptionGPTForConditionalGeneration.from_pretrained(folder)
@@ -58,7 +67,7 @@ def first_step(folder: str, output: str, rows=None, **arguments) -> tuple[dict, 
         model=training.add_adapter(model, "full", train_vision_tower=True),
         args=TrainingArguments(output, **{**TRAINING_DEFAULTS, **arguments}),
         data_collator=PerceptionCollator(processor),
-        train_dataset=drawn_rows(4) if rows is None else rows,
+        train_dataset=rows_with_targets(4) if rows is None else rows,
         processing_class=processor,
         callbacks=[keep],
     )
@@ -113,7 +122,7 @@ def test_two_processes_equal_one(tiny_model_dir, tmp_path, whole_batch):
 def evaluate(folder: str, output: str, **arguments) -> dict:
     """Evaluation metrics of an untrained model on drawn rows."""
     processor = PerceptionGPTProcessor.from_pretrained(folder)
-    rows = drawn_rows(2)
+    rows = rows_with_targets(2)
     trainer = training.PerceptionTrainer(
         model=PerceptionGPTForConditionalGeneration.from_pretrained(folder),
         args=TrainingArguments(output, **{**TRAINING_DEFAULTS, "use_cpu": True, **arguments}),
@@ -141,7 +150,7 @@ def test_evaluation_divides_as_training_does(tiny_model_dir, tmp_path):
     model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
     processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
     for number, chosen in enumerate(([1], [2], [0, 1, 2, 3])):
-        rows = [row for picture in (0, 1) for row in np.take(drawn_rows(2)[5 * picture :], chosen)]
+        rows = [row for picture in (0, 1) for row in np.take(rows_with_targets(2)[5 * picture :], chosen)]
         trainer = PerceptionTrainer(
             model=model,
             args=TrainingArguments(str(tmp_path / str(number)), **TRAINING_DEFAULTS, use_cpu=True),
@@ -428,6 +437,7 @@ def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, f
     model, processor = make_tiny_model(vision=family, image_size=32, image_grid=4, mask_grid=8, feature_size=24)
     training.add_adapter(model, "full", train_vision_tower=True).train()
     assert "vision_stages" in own_modules(model)
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
     model(**PerceptionCollator(processor)(drawn_rows(1))).loss.backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}

@@ -28,8 +28,12 @@ from rows import GRID_TOKENS, IMAGE, tiny_model
 
 ROOT = Path(__file__).parents[1]
 LISTED = (ROOT / "docs/upgrading.md").read_text()
-CODE_FOLDERS = (".", "data", "data/formats", "data/scenes", "evaluation", "metrics", "training")
-CODE_FILES = [path for folder in CODE_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+CODE_FILES = sorted(ROOT.glob("*.py")) + [
+    path
+    for folder in sorted(ROOT.iterdir())
+    if folder.is_dir() and not folder.name.startswith(".") and folder.name not in ("tests", "outputs", "build", "dist")
+    for path in sorted(folder.rglob("*.py"))
+]
 LIBRARY_CLASSES = (
     transformers.PreTrainedModel,
     transformers.PreTrainedConfig,

@@ -25,10 +25,10 @@ from perceptiongpt.evaluation.answers import answer, answer_batch, answer_teache
 from perceptiongpt.evaluation.benchmarks import find_benchmark
 from perceptiongpt.evaluation.cases import CASE_CELL, draw_case, of_many_images
 from perceptiongpt.evaluation.comparison import paired_differences, read_run
-from perceptiongpt.evaluation.loading import load
 from perceptiongpt.evaluation.predictions import check_prediction
 from perceptiongpt.evaluation.results import Scorer
 from perceptiongpt.evaluation.samples import read_sample_image
+from perceptiongpt.inference import load
 
 
 WORDS = ("the dog", "every left red cup", "a person", "the zebra on the left")

@@ -147,7 +147,7 @@ def test_llava_conversations(tmp_path):
     boxes = [turns[0], {"from": "gpt", "value": "It is at [0.12, 0.3, 0.5, 1.0]."}]
     no_picture = {"id": "1", "conversations": turns}
     assert read(no_picture, {**record, "conversations": boxes}, problems=problems) == []
-    assert problems.counts == {"conversation without a picture": 1, "boxes written as numbers": 1}
+    assert problems.counts == {"conversation without an image": 1, "boxes written as numbers": 1}
     for change, message in (
         (turns[:3], "the speakers are"),
         (turns[1:], "the speakers are"),
@@ -197,7 +197,7 @@ def test_llava_boxes_are_relative(tmp_path):
     assert detect["boxes"] == [[20, 10, 40, 90], [100, 10, 150, 50]] and len(of_task(rows, "refer")) == 2
     problems = Problems()
     assert len(list(llava_rows(tmp_path, annotations=[file], images=False, problems=problems))) == 1
-    assert problems.counts == {"relative boxes of a picture of unknown size": 1}
+    assert problems.counts == {"relative boxes of an image of unknown size": 1}
     record["instances"][0]["bbox"][2] = 75
     with pytest.raises(ValueError, match="line 1: bbox .* of instance 0 is not relative"):
         list(llava_rows(tmp_path, annotations=[write(file, [record])]))

@@ -8,6 +8,7 @@ update smaller than 1/256 of a weight is lost.
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +37,12 @@ def load_model(recipe: dict, quantized: bool | None = None):
     """
     model_class, settings = PerceptionGPTForConditionalGeneration, recipe["model"]
     dtype = model_dtype(recipe)
+    signals = {} if settings["signals"] is None else {"signals": settings["signals"]}
     if settings["checkpoint"] is not None:
-        kwargs = {"dtype": dtype, "attn_implementation": settings["attn_implementation"]}
+        kwargs = {"dtype": dtype, "attn_implementation": settings["attn_implementation"], **signals}
         if recipe["adapter"]["mode"] == "qlora" if quantized is None else quantized:
             with torch.device("meta"):
-                model_on_meta = model_class(model_class.config_class.from_pretrained(settings["checkpoint"]))
+                model_on_meta = model_class(model_class.config_class.from_pretrained(settings["checkpoint"], **signals))
             # Naming any module drops the default, which spares `lm_head`; float32 modules must not be quantised.
             kwargs["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -50,14 +52,14 @@ def load_model(recipe: dict, quantized: bool | None = None):
                 + [f"model.{name}" for name in own_modules(model_on_meta)],
             )
         model = model_class.from_pretrained(settings["checkpoint"], **kwargs)
-        processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"])
+        processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"], **signals)
     else:
         if settings["llava"] is not None:
             backbones = (settings["llava"], settings["llava"])
-            model = model_class.from_llava_pretrained(settings["llava"], dtype=dtype)
+            model = model_class.from_llava_pretrained(settings["llava"], dtype=dtype, **signals)
         else:
             backbones = (settings["vision"], settings["text"])
-            model = model_class.from_vision_text_pretrained(*backbones, dtype=dtype, **settings["config"])
+            model = model_class.from_vision_text_pretrained(*backbones, dtype=dtype, **settings["config"], **signals)
         processor = PerceptionGPTProcessor.from_backbones(*backbones, model.config)
         model.set_attn_implementation(dict.fromkeys(("vision_config", "text_config"), settings["attn_implementation"]))
     set_loss_weights(model.config, recipe["loss"])
@@ -149,7 +151,9 @@ def add_peft_adapter(model, mode: str, rank: int, alpha: int, dropout: float, ta
         modules_to_save=own_modules(model),
         trainable_token_indices={"embed_tokens": added, "lm_head": added},
     )
-    return get_peft_model(model, lora_config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+        return get_peft_model(model, lora_config)
 
 
 def unreached_tower_parameters(model) -> set[str]:

@@ -19,14 +19,17 @@ RECIPE_SOURCES = (*SOURCES, "parquet")  # the last: a folder that data.prepare h
 
 DEFAULTS = {
     # One of: `checkpoint` (a PerceptionGPT folder or id), `vision` and `text` (backbones), `llava` (a LLaVA id).
-    # `config`: sizes, for new joins only. `dtype`: of the weights that do not train, and of the computation; weights
-    # that train are float32. `attn_implementation`: as in `from_pretrained`.
+    # `config`: sizes, for new joins only. `signals`: those of the model, by default all for new joins and a
+    # checkpoint's own; [box, mask, point] gives a checkpoint of boxes and masks points as well. `dtype`: of the weights
+    # that do not train, and of the computation; weights that train are float32. `attn_implementation`: as in
+    # `from_pretrained`.
     "model": {
         "checkpoint": None,
         "vision": None,
         "text": None,
         "llava": None,
         "config": {},
+        "signals": None,
         "dtype": "float32",
         "attn_implementation": "sdpa",
     },

@@ -45,12 +45,6 @@ def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
     return TrainingArguments(**{**settings, **given, "output_dir": str(output)})
 
 
-def signal_plurals(config) -> dict[str, str]:
-    """The plural of each signal of a checkpoint by its name, e.g. `{"box": "boxes"}`."""
-    names = getattr(config, "signals", None) or list(SIGNALS)
-    return {name: getattr(SIGNALS[name], "plural", None) or SIGNALS[name].values_name for name in names}
-
-
 class PerceptionTrainer(Trainer):
     """The library's `Trainer`, with loss terms over their own counts, each logged, and free-running evaluation.
 
@@ -80,16 +74,16 @@ class PerceptionTrainer(Trainer):
         self.generate_batch_size, self.generate_tokens = generate_batch_size, generate_tokens
         self.compute_dtype = None if compute_dtype == torch.float32 else compute_dtype
         self.vis_token_id = self.processing_class.tokenizer.convert_tokens_to_ids(VIS_TOKEN)
-        self.plurals = signal_plurals(self.accelerator.unwrap_model(self.model).config)
-        self.loss_terms = ("loss_lm", *(f"loss_{name}" for name in self.plurals), "loss_iou")
+        self.signals = [SIGNALS[name] for name in self.accelerator.unwrap_model(self.model).config.signals]
+        self.loss_terms = ("loss_lm", *(signal.loss_name for signal in self.signals), "loss_iou")
         if self.args.label_names is None:
-            values = self.plurals.values()
-            self.label_names = ["labels", *values, *(f"{plural}_valid" for plural in values)]
+            names = ((signal.plural, signal.valid_name) for signal in self.signals)
+            self.label_names = ["labels", *(name for pair in names for name in pair)]
         self._train_sums = torch.zeros(len(self.loss_terms), device=self.args.device)
         self._train_steps = 0
         # Of the language model's loss and each signal's; of the predicted IoU of each signal.
-        self._eval_sums = torch.zeros(1 + 2 * len(self.plurals), device=self.args.device)
-        self._eval_counts = torch.zeros(1 + len(self.plurals), dtype=torch.int64, device=self.args.device)
+        self._eval_sums = torch.zeros(1 + 2 * len(self.signals), device=self.args.device)
+        self._eval_counts = torch.zeros(1 + len(self.signals), dtype=torch.int64, device=self.args.device)
         self.add_callback(_FollowTheData(self))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
@@ -102,10 +96,10 @@ class PerceptionTrainer(Trainer):
 
     def count_targets(self, batches: list[dict]) -> torch.Tensor:
         """Supervised tokens, and supervised values of each signal, in the batches of all processes: int64."""
-        counts = torch.zeros(1 + len(self.plurals), dtype=torch.int64, device=self.args.device)
+        counts = torch.zeros(1 + len(self.signals), dtype=torch.int64, device=self.args.device)
         for batch in batches:
             labels = batch["labels"]
-            valid = [batch[f"{plural}_valid"] for plural in self.plurals.values()]
+            valid = [batch[signal.valid_name] for signal in self.signals]
             answers = answer_slots(batch["input_ids"], labels, self.vis_token_id, valid[0].shape[1])
             targets = (labels[:, 1:] != IGNORED_LABEL, *(answers & known for known in valid))
             counts += torch.stack([target.sum() for target in targets]).to(counts)
@@ -131,7 +125,7 @@ class PerceptionTrainer(Trainer):
 
     def _count_arguments(self, counts) -> dict:
         """`num_boxes_in_batch` and the like, of one count for each signal."""
-        return {f"num_{plural}_in_batch": count for plural, count in zip(self.plurals.values(), counts, strict=True)}
+        return {signal.count_name: count for signal, count in zip(self.signals, counts, strict=True)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the library's; each term is added up for the log."""
@@ -144,11 +138,11 @@ class PerceptionTrainer(Trainer):
         inputs = self._without_repeated_rows(inputs)
         self._eval_counts += self.count_targets([inputs])
         one = torch.ones((), device=self.args.device)
-        places = torch.eye(len(self.plurals), device=self.args.device)
+        places = torch.eye(len(self.signals), device=self.args.device)
         inputs = {**inputs, **self._count_arguments(1 / places)}
         loss, outputs = super().compute_loss(model, inputs, True, one)
-        terms = [outputs["loss_lm"], *(outputs[f"loss_{name}"].sum() for name in self.plurals)]
-        terms += outputs["loss_iou"].expand(len(self.plurals)).unbind()
+        terms = [outputs["loss_lm"], *(outputs[signal.loss_name].sum() for signal in self.signals)]
+        terms += outputs["loss_iou"].expand(len(self.signals)).unbind()
         self._eval_sums += torch.stack([term.detach().float() for term in terms])
         return (loss, outputs) if return_outputs else loss
 
@@ -161,10 +155,10 @@ class PerceptionTrainer(Trainer):
         return {**inputs, "labels": labels.masked_fill((row >= state.remainder)[:, None], IGNORED_LABEL)}
 
     def _prepare_inputs(self, inputs):
-        """Signals stay float32: DeepSpeed's preparation casts every float to the model's dtype."""
+        """Coordinates stay float32: DeepSpeed's preparation casts every float to the model's dtype."""
         prepared = super()._prepare_inputs(inputs)
-        for name in inputs:
-            if name.partition("_")[0] in self.plurals.values():
+        for name in (name for signal in self.signals for name in signal.float32_names):
+            if name in inputs:
                 prepared[name] = inputs[name].to(self.args.device)
         return prepared
 

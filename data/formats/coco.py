@@ -1,11 +1,11 @@
-"""COCO instances (a json and a folder of pictures) as rows of the schema.
+"""COCO instances (a json and a folder of images) as rows of the schema.
 
 Tasks: `refer` ("the dog", or "the second cup from the left" where the category occurs several times), `detect` (every
 instance of a category), `no_target` (a category that is not in the image), `box_to_mask`; and, where they are asked
 for, `point` and `point_all` (as `refer` and `detect`, with the point to point at) and `point_to_mask` (a click).
 
-Crowd regions are never targets. Where a category has one in an image, neither "the dog" nor "every dog" nor "there is
-no dog" can be said of that image; its other instances still make rows of `box_to_mask` and `point_to_mask`. The same
+Crowd regions are never targets. If a category has one in an image, then "the dog", "every dog" and "there is no dog"
+are all unclear there; the category's other instances still make rows of `box_to_mask` and `point_to_mask`. The same
 holds for an instance without area, which real files contain.
 """
 
@@ -21,10 +21,10 @@ from pycocotools import mask as coco_mask
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import usual_files
 from perceptiongpt.data.reading import (
-    MissingPicture,
+    MissingImage,
     Problems,
+    image_size,
     open_file,
-    picture_size,
     plain_name,
     safe_join,
     stream_json_array,
@@ -36,8 +36,8 @@ from perceptiongpt.geometry_perceptiongpt import clip_box, deepest_pixel, interi
 
 COCO_TASKS = ("refer", "detect", "no_target", "box_to_mask", *POINT_TASKS)
 ORDINALS = ("", "second ", "third ", "fourth ", "fifth ", "sixth ", "seventh ", "eighth ", "ninth ", "tenth ")
-POSITION_MARGIN = 0.02  # two objects are told apart by position from this share of the picture's side on
-SIZE_RATIO = 1.5  # and by size from this ratio of their box areas on
+POSITION_MARGIN = 0.02  # least distance, as a share of the image's side, to tell two objects apart by position
+SIZE_RATIO = 1.5  # least ratio of box areas for telling them apart by size
 PER_CATEGORY_TASKS = ("refer", "box_to_mask", "detect", "point", "point_all", "point_to_mask")
 EXPRESSION_KEYS = {"refer": "expression", "point": "point expression"}  # of the random draw among expressions
 # Why a task makes no row of an instance or category.
@@ -57,7 +57,7 @@ def load_coco(
     split: str = "train",
     evaluation: bool = False,
 ) -> Dataset:
-    """The rows of `coco_rows` as a `datasets.Dataset` that opens each picture when its row is read."""
+    """The rows of `coco_rows` as a `datasets.Dataset` that opens each image when its row is read."""
     rows = list(coco_rows(annotations, images, tasks, min_area_share, seed, limit, image_ids, split, evaluation))
     features = row_features()
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
@@ -81,10 +81,10 @@ def coco_folder_rows(
 
     Args:
         root: a folder with `annotations/instances_<split>2017.json` (or 2014, or without a year, packed or plain, also
-            without the folder `annotations`) and the pictures in `<split>2017/` (or 2014, or `images/`).
-        annotations, images: where these are elsewhere; `images=False`: rows without pictures.
+            without the folder `annotations`) and the images in `<split>2017/` (or 2014, or `images/`).
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
         tasks: default `refer`, `detect`, `no_target`.
-        Others: as `coco_rows`.
+        Others: as in `coco_rows`.
     """
     stems = [f"{split}{year}" for year in ("2017", "2014", "")]
     if annotations is None:
@@ -107,7 +107,7 @@ def coco_folder_rows(
 
 @contextmanager
 def skipping(problems: Problems | None, where: str | Path) -> Iterator[None]:
-    """Hand a `ValueError` to `problems` if these are to be skipped; else it goes on its way."""
+    """Count a `ValueError` in `problems` if bad records are skipped; else raise it."""
     try:
         yield
     except ValueError as error:
@@ -128,25 +128,25 @@ def coco_rows(
     evaluation: bool = False,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of a COCO instances file, picture by picture; images are given by path.
+    """Yield the rows of a COCO instances file, image by image; images are given by path.
 
     Args:
         annotations: the instances json.
-        images: the folder that its `file_name`s are relative to; False for rows without pictures.
+        images: the folder that its `file_name`s are relative to; False for rows without images.
         tasks: any of `COCO_TASKS`.
         min_area_share: an object is a target only if its box covers at least this share of the padded square
             (box area / longer side squared). A smaller one still makes an expression ambiguous and keeps its category
             from a `detect` row, whose answer would otherwise be incomplete.
         seed: decides the expressions, the prompts and the absent categories, per row.
-        limit: only the first `limit` pictures.
-        image_ids: only these pictures, which must exist.
+        limit: read only the first `limit` images.
+        image_ids: only these images, which must exist.
         split: what the column `split` says.
         evaluation: use each task's fixed evaluation prompt.
-        problems: what happens to bad records; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
 
     Raises:
         ValueError: naming file, annotation or image, for anything that is missing, broken or outside; nothing is
-            skipped silently. (A category with a bad annotation makes no row about that picture.)
+            skipped silently. (A category with a bad annotation makes no row about that image.)
     """
     tasks = tuple(tasks)
     if unknown := sorted(set(tasks) - set(COCO_TASKS)):
@@ -185,7 +185,7 @@ def coco_rows(
 
 
 class PackedAnnotations(Mapping):
-    """{image id: its annotations}, held packed: as Python objects they would take seven times the size of the file."""
+    """{image id: its annotations}, serialised: as Python objects they would take seven times the memory."""
 
     def __init__(self):
         self.packed = {}
@@ -225,7 +225,7 @@ def read_instances(
 
     Raises:
         ValueError: broken json, a missing key, a category without a name, a repeated image or annotation id, an
-            impossible picture size, or an annotation whose image or category does not exist.
+            impossible image size, or an annotation whose image or category does not exist.
     """
     categories = {}
     for number, category in enumerate(read_section(annotations, "categories")):
@@ -273,13 +273,13 @@ def read_instances(
 
 
 def image_path(folder: str | Path, record: dict, annotations: str | Path) -> Path:
-    """The checked path of an image: inside `folder`, present, whole, and of the size that `record` states."""
+    """The path of an image, checked: inside `folder`, not truncated, and of the size that `record` states."""
     name = f"{annotations}: image {record['id']!r}, file {record['file_name']!r}"
     try:
         path = safe_join(folder, record["file_name"])
-        size = picture_size(path)
-    except MissingPicture as error:
-        raise MissingPicture(f"{name}: does not exist in {folder}") from error
+        size = image_size(path)
+    except MissingImage as error:
+        raise MissingImage(f"{name}: does not exist in {folder}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if size != (record["width"], record["height"]):
@@ -310,7 +310,7 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
     """Polygons, uncompressed or compressed RLE -> {`size`, `counts` (str)}; None if it covers no pixel.
 
     Raises:
-        ValueError: for a polygon of less than three points or odd length or with a point further outside the picture
+        ValueError: for a polygon of less than three points or odd length or with a point further outside the image
             than its longer side, or an RLE of another size.
     """
     if isinstance(segmentation, list):
@@ -322,7 +322,7 @@ def segmentation_to_rle(segmentation, height: int, width: int, name: str = "segm
             if not is_polygon or not all(isinstance(v, (int, float)) and v == v for v in polygon):  # not NaN
                 raise ValueError(f"{name}: polygon {str(polygon)[:60]} is not [x1, y1, x2, y2, ...] of three points")
             if min(polygon) < -side or max(polygon) > 2 * side:
-                raise ValueError(f"{name}: polygon {str(polygon)[:60]} lies far outside the {width} x {height} picture")
+                raise ValueError(f"{name}: polygon {str(polygon)[:60]} lies far outside the {width} x {height} image")
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and segmentation.get("size") in ([height, width], (height, width)):
         counts = segmentation.get("counts")
@@ -423,8 +423,10 @@ def instance_rows(
 
 
 def with_point(instance: dict) -> dict:
-    """An instance {box, mask} with the point that one would point at."""
-    return {**instance, "point": deepest_pixel(decode_rle(instance["mask"]))}
+    """An instance {box, mask} with its deepest pixel as `point`."""
+    if "deepest" not in instance:  # several tasks ask for it
+        instance["deepest"] = deepest_pixel(decode_rle(instance["mask"]))
+    return {**instance, "point": instance["deepest"]}
 
 
 def box_area(box_xyxy: list[float]) -> float:
@@ -433,7 +435,7 @@ def box_area(box_xyxy: list[float]) -> float:
 
 
 def refer_expressions(name: str, boxes_xyxy_pixels: list[list[float]], width: int, height: int) -> list[list[str]]:
-    """For every object of one category in a picture, the phrases that are true of it and of no other.
+    """For every object of one category in an image, the phrases that are true of it and of no other.
 
     A single object is "the <name>". Of several, one is named by its rank along x or y if each of the others lies
     clearly before or behind it (centre by `POSITION_MARGIN` of the side, and both edges), and as the largest or

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     chosen_tasks,
     clean_text,
@@ -37,19 +37,19 @@ def coco_captions_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield one row of task `caption` per caption, picture by picture.
+    """Yield one row of task `caption` per caption, image by image.
 
     Args:
-        root: folder with `annotations/captions_<split>2017.json` (or 2014) and the pictures in `<split>2017`.
+        root: folder with `annotations/captions_<split>2017.json` (or 2014) and the images in `<split>2017`.
         split: `train`, `val`, or Karpathy's `karpathy_train` (with his `restval`), `karpathy_val`, `karpathy_test`:
             these are read from `dataset_coco.json` (or `dataset_flickr30k.json`) in `root` or `root/annotations`.
         annotations: the files, if they are elsewhere. Beside Karpathy's, a COCO captions file may stand, which then
-            only gives the pictures' sizes.
-        images: the folder of pictures, or of `train2014`, `val2014`, ..; False: rows without pictures.
+            only gives the images' sizes.
+        images: the folder of images, or of `train2014`, `val2014`, ..; False: rows without images.
         tasks: `caption`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead.
-        limit: only the first `limit` pictures.
-        problems: takes what is wrong with a picture or caption; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     chosen_tasks(tasks, ["caption"], "coco_captions")
@@ -79,11 +79,11 @@ def coco_captions_rows(
             raise ValueError(f"{annotations[0]}: there is no list under 'annotations'; expected COCO captions")
         records = [one for path, content in coco for one in _of_coco(path, content, problems)]
     folders = [root / f"{split}{year}" for year in YEARS] + [root / name for name in ("flickr30k-images", "images", "")]
-    pictures = Pictures(images, *folders)
+    finder = ImageFinder(images, *folders)
     draw = Draw("coco_captions", seed, evaluation)
 
     def make(record) -> Iterator[dict]:
-        columns = pictures.columns(*record["names"], size=record["size"], coco_id=record["coco_id"])
+        columns = finder.columns(*record["names"], size=record["size"], coco_id=record["coco_id"])
         columns |= {"source": "coco_captions", "image_id": record["image_id"], "split": split}
         texts = ((record["where"], (number, text)) for number, text in enumerate(record["captions"]))
         return list(each_record(texts, lambda numbered: [caption_row(columns, *numbered)], problems))
@@ -97,7 +97,7 @@ def coco_captions_rows(
 
 
 def _of_coco(path: Path, content: dict, problems: Problems) -> list[dict]:
-    """Captions joined to their pictures, in the order of the pictures; those without captions are left out."""
+    """Captions joined to their images, in the order of the images; those without captions are left out."""
     records = {}
     for number, image in enumerate(content["images"]):
         try:
@@ -141,5 +141,5 @@ def _of_karpathy(path: Path, content: dict, split: str, sizes: dict, problems: P
         records.append({**record, "captions": captions})
     if not records:
         splits = sorted({str(image.get("split")) for image in content["images"] if isinstance(image, dict)})
-        raise ValueError(f"{path}: no pictures of the split {split!r}; there are {', '.join(splits)}")
+        raise ValueError(f"{path}: no images of the split {split!r}; there are {', '.join(splits)}")
     return records

@@ -1,6 +1,6 @@
-"""COCO panoptic (a json and a PNG per picture, id = R + 256 G + 65536 B) as rows of the schema.
+"""COCO panoptic (a json and a PNG per image, id = R + 256 G + 65536 B) as rows of the schema.
 
-Crowd segments are never targets, and a category with one makes no `refer` or `detect` row about that picture.
+Crowd segments are never targets, and a category with one makes no `refer` or `detect` row about that image.
 """
 
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     box_from_xywh,
     chosen_tasks,
@@ -52,21 +52,21 @@ def coco_panoptic_rows(
     problems: Problems | None = None,
     masks: str | Path | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of COCO panoptic, picture by picture.
+    """Yield the rows of COCO panoptic, image by image.
 
     `refer` and `box_to_mask` as the source `coco`, `detect` and `no_target` too, but for things only; `region_caption`
-    asks what a segment is, given by its mask, its box or both; `spotting_caption` lists what is in the picture, with
+    asks what a segment is, given by its mask, its box or both; `spotting_caption` lists what is in the image, with
     every segment marked.
 
     Args:
         root: folder with `annotations/panoptic_<split>2017.json`, the PNGs in `annotations/panoptic_<split>2017` (both
-            also directly in `root`) and the pictures in `<split>2017`.
-        annotations, images: where these are elsewhere; `images=False`: rows without pictures.
-        tasks: any of `PANOPTIC_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` pictures.
-        problems: takes what is wrong with a picture; default: raise.
-        masks: the folder or zip of the PNGs; default: what is named as the json, beside it.
+            also directly in `root`) and the images in `<split>2017`.
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
+        tasks: any of `PANOPTIC_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
+        masks: the folder or zip of the PNGs; default: the one beside the json with the same name.
     """
     problems = problems or Problems()
     tasks = chosen_tasks(tasks, PANOPTIC_TASKS, "coco_panoptic")
@@ -74,7 +74,7 @@ def coco_panoptic_rows(
     files = list(annotations or usual_files(root, [f"panoptic_{split}{year}.json" for year in ("2017", "")])[:1])
     if not files:
         raise ValueError(f"{root}: there is no annotations/panoptic_{split}2017.json; name the file as annotations")
-    pictures = Pictures(images, *(root / f"{split}{year}" for year in ("2017", "2014", "")), root / "images", root)
+    finder = ImageFinder(images, *(root / f"{split}{year}" for year in ("2017", "2014", "")), root / "images", root)
     draw = Draw("coco_panoptic", seed, evaluation)
 
     for file in map(Path, files):
@@ -105,7 +105,7 @@ def coco_panoptic_rows(
             if size is None:
                 raise ValueError(f"image {image_id} lacks width and height")
             name = get(record, "file_name")
-            columns = pictures.columns(name, size=size, coco_id=image_id)
+            columns = finder.columns(name, size=size, coco_id=image_id)
             columns |= {"source": "coco_panoptic", "image_id": str(image_id), "split": split}
             ids = segment_ids(get(annotation, "file_name"), size)
             groups = _read_segments(annotation, ids, size, categories, problems)
@@ -121,7 +121,7 @@ def _needed(record: dict) -> dict:
 
 
 def plain_name(name: str) -> str:
-    """A panoptic category as one says it: "wall-brick" -> "brick wall", "sky-other-merged" -> "sky"."""
+    """A panoptic category in plain words: "wall-brick" -> "brick wall", "sky-other-merged" -> "sky"."""
     if name in TURNED_ROUND:
         return " ".join(reversed(name.split("-")))
     for ending in ("-merged", "-other", "-stuff"):
@@ -130,7 +130,7 @@ def plain_name(name: str) -> str:
 
 
 class SegmentIds:
-    """The panoptic PNGs of a folder, or of a zip, which is opened and listed once.
+    """The panoptic PNGs in a folder or a zip; a zip is opened and listed once.
 
     Raises:
         ValueError: if the zip cannot be read.
@@ -155,7 +155,7 @@ class SegmentIds:
             raise ValueError(f"{name} in {self.masks} cannot be read as an image: {error}") from error
         if colors.shape[1::-1] != tuple(size):
             shape = f"{colors.shape[1]} x {colors.shape[0]}"
-            raise ValueError(f"{name} is {shape} pixels, the picture {size[0]} x {size[1]}")
+            raise ValueError(f"{name} is {shape} pixels, the image {size[0]} x {size[1]}")
         return colors @ np.array([1, 256, 65536], dtype=np.uint32)
 
     def _find(self, name: str) -> Path | io.BytesIO:

@@ -1,4 +1,4 @@
-"""Flickr30k Entities (xml and txt per picture) as rows of the schema.
+"""Flickr30k Entities (xml and txt per image) as rows of the schema.
 
 `Sentences/<id>.txt` holds one caption a line, `[/EN#<chain>/<type>.. words]` around its phrases; `Annotations/<id>.xml`
 holds the boxes of the chains, **1-based and inclusive**: 1 is subtracted from all four numbers. An object may belong to
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     check_box,
     chosen_tasks,
@@ -45,23 +45,23 @@ def flickr30k_entities_rows(
     problems: Problems | None = None,
     leave_out_unrelated: bool = False,
 ) -> Iterator[dict]:
-    """Yield the rows of one split of Flickr30k Entities, picture by picture.
+    """Yield the rows of one split of Flickr30k Entities, image by image.
 
     Per caption: `spotting_caption` (phrases with boxes marked, the others plain) and `caption`. Per chain with boxes
-    whose phrase no other chain of the picture has: `refer` (all its boxes) and, with a single box, `region_caption`.
-    Per picture: a `dialogue`, the first grounded caption followed by questions about its phrases.
+    whose phrase no other chain of the image has: `refer` (all its boxes) and, with a single box, `region_caption`.
+    Per image: a `dialogue`, the first grounded caption followed by questions about its phrases.
 
     Args:
-        root: folder with `Annotations`, `Sentences`, `train.txt`, `val.txt`, `test.txt` and the pictures in
+        root: folder with `Annotations`, `Sentences`, `train.txt`, `val.txt`, `test.txt` and the images in
             `flickr30k-images`. What the two folders lack is looked for in `annotations.zip` or an archive
             `Flickr30kEntities_<split>.*` beside them.
         split: `train`, `val` or `test`, or the name of another list `<split>.txt`. Without any list: everything.
         annotations: archives or folders with the xml and txt files, and split lists, if they are elsewhere.
-        images: the folder of pictures; False: rows without pictures.
-        tasks: any of `FLICKR_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` pictures.
-        problems: takes what is wrong with a picture's files; default: raise.
+        images: the folder of images; False: rows without images.
+        tasks: any of `FLICKR_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
         leave_out_unrelated: leave out the captions listed in `UNRELATED_CAPTIONS`.
     """
     problems = problems or Problems()
@@ -77,14 +77,14 @@ def flickr30k_entities_rows(
     ]
     names = _read_list(lists[0]) if lists else None
     if names is None and usual_files(root, ["train.txt", "val.txt", "test.txt"]):
-        raise ValueError(f"{root}: there is no list {split}.txt of the pictures of this split")
+        raise ValueError(f"{root}: there is no list {split}.txt of the images of this split")
     texts = _read_texts(archives, names)
     if not texts:
         raise ValueError(f"no Sentences/<id>.txt of the split {split!r} in {', '.join(map(str, archives))}")
     names = list(texts) if names is None else names
     problems.leave_out("on the split's list, but without annotations", sum(name not in texts for name in names))
     unrelated = _read_unrelated(root) if leave_out_unrelated else set()
-    pictures = Pictures(images, root / "flickr30k-images", root / "flickr30k_images", root / "images", root)
+    finder = ImageFinder(images, root / "flickr30k-images", root / "flickr30k_images", root / "images", root)
     draw = Draw("flickr30k_entities", seed, evaluation)
 
     for name in [name for name in names if name in texts][:limit]:
@@ -93,9 +93,9 @@ def flickr30k_entities_rows(
                 raise ValueError(f"there is no {missing.pop()} file")
             size, boxes = _read_xml(texts[name]["xml"])
             captions = _read_sentences(texts[name]["txt"])
-            columns = pictures.columns(f"{name}.jpg", size=size)
+            columns = finder.columns(f"{name}.jpg", size=size)
         except ValueError as error:
-            problems.report(f"{archives[0]}: picture {name}", error)
+            problems.report(f"{archives[0]}: image {name}", error)
             continue
         related = [caption for number, caption in enumerate(captions, 1) if (name, number) not in unrelated]
         problems.leave_out("caption listed in UNRELATED_CAPTIONS", len(captions) - len(related))
@@ -110,7 +110,7 @@ def grounded_caption_rows(
     tasks: Iterable[str],
     draw: Draw,
 ) -> Iterator[dict]:
-    """The rows of one picture with grounded captions.
+    """The rows of one image with grounded captions.
 
     Args:
         captions: each a list of (text, name of what it refers to, or None), which put together are the caption.
@@ -172,7 +172,7 @@ def _read_list(path: Path) -> list[str]:
 
 
 def _read_unrelated(root: Path) -> set[tuple[str, int]]:
-    """(picture, number of the sentence from 1) of captions that do not describe their picture."""
+    """(image, number of the sentence from 1) of captions that do not describe their image."""
     files = usual_files(root, ["UNRELATED_CAPTIONS"])
     if not files:
         raise ValueError(f"{root}: there is no file UNRELATED_CAPTIONS")
@@ -182,7 +182,7 @@ def _read_unrelated(root: Path) -> set[tuple[str, int]]:
 
 
 def _read_texts(sources: list[Path], names: list[str] | None) -> dict[str, dict[str, bytes]]:
-    """{picture: {"xml": .., "txt": ..}} of the wanted pictures; the first source that has a file counts."""
+    """{image: {"xml": .., "txt": ..}} of the wanted images; the first source that has a file counts."""
     wanted, texts = None if names is None else set(names), {}
     for source in sources:
         if source.is_dir():

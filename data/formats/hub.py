@@ -2,17 +2,17 @@
 
 | role | its column holds |
 | --- | --- |
-| `image` | the picture, or its path (required) |
+| `image` | the image, or its path (required) |
 | `phrase` | what the signals show, a text or several -> `refer` |
 | `box` | four numbers, or a list of such boxes |
-| `mask` | COCO polygons (also one flat polygon), an RLE, or a picture of the mask; or a list of RLEs or pictures |
+| `mask` | COCO polygons (also one flat polygon), an RLE, or an image of the mask; or a list of RLEs or images |
 | `caption` | a text, or several -> `caption`; with a box or mask, its `region_caption` |
 | `question`, `answer` | texts -> `vqa`; with a box or mask, `region_vqa` |
-| `image_id` | a name or number of the picture; COCO file names, here or of the picture, become COCO's number |
-| `width`, `height` | of the picture, pixels; needed only where pictures that are given by path are not at hand |
+| `image_id` | a name or number of the image; COCO file names, here or of the image, become COCO's number |
+| `width`, `height` | of the image, in pixels; needed only if images given by path are missing |
 
-One text is about all objects of its record. Several texts are about its one object, or, as many as objects, about one
-each (the same text twice: about both).
+A single text is about all objects of its record. Several texts are all about the one object, or, if there are as many
+texts as objects, about one object each (a text that occurs twice: about both).
 
 A data set that has the schema's own columns needs no mapping.
 """
@@ -31,7 +31,7 @@ from PIL import Image
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     box_from_xywh,
     check_box,
@@ -45,7 +45,7 @@ from perceptiongpt.data.conversation import (
     stated_size,
 )
 from perceptiongpt.data.formats.coco import segmentation_to_rle
-from perceptiongpt.data.reading import BROKEN, Problems, picture_size, safe_join, until_broken
+from perceptiongpt.data.reading import BROKEN, Problems, image_size, safe_join, until_broken
 from perceptiongpt.data.schema import COLUMNS, REQUIRED_COLUMNS
 from perceptiongpt.data.templates import render_prompt, render_turn
 from perceptiongpt.geometry_perceptiongpt import encode_rle
@@ -61,7 +61,7 @@ KNOWN_COLUMNS = {
         {"image": "image", "phrase": "answer", "box": "bbox", "mask": "segmentation", "image_id": "file_name"},
         "xywh",
     ),
-    # jxu124/refcoco, refcocoplus, refcocog: without the pictures
+    # jxu124/refcoco, refcocoplus, refcocog: without the images
     ("image_path", "captions", "bbox", "sentences", "ref_id"): (
         {"image": "image_path", "phrase": "captions", "box": "bbox", "image_id": "image_path"},
         "xyxy",
@@ -90,12 +90,12 @@ def hub_rows(
         root: its id, or a local folder or file.
         split: one of its splits.
         annotations: files of the data set, instead of all (`data_files` of `load_dataset`).
-        images: the folder of pictures that are given by path (COCO's also under their other names), default `root`;
-            False: rows without pictures.
-        tasks: any of `HUB_TASKS` that the columns offer; default all. Each phrase is a sample of its own.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records.
-        problems: takes what is wrong with a record; default: raise.
+        images: the folder of images that are given by path (COCO's also under their other names), default `root`;
+            False: rows without images.
+        tasks: any of `HUB_TASKS` that the columns offer; default: all. Each phrase is a sample of its own.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` records.
+        problems: collects bad records; None: the first one raises.
         columns: which column has which role, as a mapping, as "role=column role=column", or as a list of such pairs
             (`--columns image=photo phrase=answer box=bbox`). A column `image` needs no mention. Default: by the
             columns of known data sets.
@@ -140,13 +140,13 @@ def hub_rows(
     if not _offered(mapping):
         raise ValueError(f"{root}: the roles {', '.join(mapping)} are enough for none of {', '.join(HUB_TASKS)}")
     tasks = chosen_tasks(tasks, _offered(mapping), "hub")
-    draw, pictures = Draw("hub", seed, evaluation), Pictures(images, Path(root))
+    draw, finder = Draw("hub", seed, evaluation), ImageFinder(images, Path(root))
 
     def make(numbered) -> list[dict]:
         number, record = numbered
         value = {role: record.get(column) for role, column in mapping.items()}
-        common = _read_image(value["image"], pictures, root, stated_size(value))
-        # A bare record number would be taken for the picture of that number in another data set.
+        common = _read_image(value["image"], finder, root, stated_size(value))
+        # A bare record number would be taken for the image of that number in another data set.
         image_id = _image_id(value, f"{Path(root).absolute().name} {number}")
         common |= {"source": "hub", "image_id": image_id, "split": split}
         slots = _read_slots(value.get("box"), value.get("mask"), box_format, common)
@@ -205,7 +205,7 @@ def _offered(mapping: dict) -> list[str]:
 
 
 def _read_all(dataset) -> Iterator[dict]:
-    """The records of a streamed data set; what its reader raises becomes a `ValueError`."""
+    """The records of a streamed data set; errors of its reader become `ValueError`s."""
     try:
         yield from dataset
     except (*BROKEN, RuntimeError, DatasetsError) as error:
@@ -260,7 +260,7 @@ def _about(texts: list[str], slots: list[tuple]) -> list[tuple[str, list[tuple]]
 
 
 def _image_id(value: dict, otherwise: str) -> str:
-    """What the column `image_id` says, else COCO's number in the picture's file name, else `otherwise`."""
+    """The value of the column `image_id`, else COCO's number in the image's file name, else `otherwise`."""
     if "image_id" not in value:
         path = value["image"] if isinstance(value["image"], str) else value["image"].get("path")
         return coco_image_id(path or "") or otherwise
@@ -269,18 +269,18 @@ def _image_id(value: dict, otherwise: str) -> str:
     return coco_image_id(str(value["image_id"])) or str(value["image_id"])
 
 
-def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, int] | None) -> dict:
-    """The columns `image`, `width` and `height` of an undecoded picture, or of a path in the folder of pictures."""
+def _read_image(value, finder: ImageFinder, root: str | Path, size: tuple[int, int] | None) -> dict:
+    """The columns `image`, `width` and `height` of an undecoded image, or of a path in the folder of images."""
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
     if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
-        raise ValueError(f"the picture is {str(value)[:60]}, expected an image column or a path")
+        raise ValueError(f"the image is {str(value)[:60]}, expected an image column or a path")
     if value.get("bytes"):
-        measured = picture_size.__wrapped__(io.BytesIO(value["bytes"]))
+        measured = image_size.__wrapped__(io.BytesIO(value["bytes"]))
         if size not in (None, measured):
-            raise ValueError(f"the picture is {measured[0]} x {measured[1]} pixels, the columns say {size}")
-        image = {"path": None, "bytes": value["bytes"]} if pictures.wanted else None
+            raise ValueError(f"the image is {measured[0]} x {measured[1]} pixels, the columns say {size}")
+        image = {"path": None, "bytes": value["bytes"]} if finder.wanted else None
         return {"image": image, "width": measured[0], "height": measured[1]}
-    path, folders = value["path"], [Path(folder).absolute() for folder in (*pictures.folders, root)]
+    path, folders = value["path"], [Path(folder).absolute() for folder in (*finder.folders, root)]
     if Path(path).is_absolute():  # as `datasets` gives those of an image folder
         path = next(
             (str(Path(path).relative_to(folder)) for folder in folders if Path(path).is_relative_to(folder)), path
@@ -288,11 +288,11 @@ def _read_image(value, pictures: Pictures, root: str | Path, size: tuple[int, in
     try:
         there = safe_join(root, path)
     except ValueError as error:
-        raise ValueError(f"{error}; pictures elsewhere need --images FOLDER, the folder that holds them") from error
-    if not pictures.wanted and size is None and there.is_file():
-        size = picture_size(there)
+        raise ValueError(f"{error}; images elsewhere need --images FOLDER, the folder that holds them") from error
+    if not finder.wanted and size is None and there.is_file():
+        size = image_size(there)
     coco_id = coco_image_id(path)
-    return pictures.columns(path, size=size, coco_id=None if coco_id is None else int(coco_id))
+    return finder.columns(path, size=size, coco_id=None if coco_id is None else int(coco_id))
 
 
 def _own_row(record: dict, images: bool | None) -> dict:
@@ -325,7 +325,7 @@ def _read_boxes(value, box_format: str, width: int, height: int) -> list[list[fl
 
 
 def _decimals(numbers: list) -> list:
-    """What the numbers were before a float32 column: 468.29998779 -> 468.3. (A polygon would else lose pixels.)"""
+    """The numbers as they were before a float32 column: 468.29998779 -> 468.3. (Else a polygon loses pixels.)"""
     try:
         values = [float(number) for number in numbers]
     except (TypeError, ValueError) as error:
@@ -334,7 +334,7 @@ def _decimals(numbers: list) -> list:
 
 
 def _read_masks(value, width: int, height: int) -> list[dict]:
-    """One mask (polygons, RLE, picture), or a list of RLEs or pictures."""
+    """One mask (polygons, RLE, image), or a list of RLEs or images."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [mask for one in value for mask in _read_masks(one, width, height)]
     if isinstance(value, dict) and value.get("bytes"):
@@ -344,7 +344,7 @@ def _read_masks(value, width: int, height: int) -> list[dict]:
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"the mask cannot be read as an image: {error}") from error
         if mask.shape != (height, width):
-            raise ValueError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}")
+            raise ValueError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, the image {width} x {height}")
         value = encode_rle(mask)
     if isinstance(value, dict) and isinstance(value.get("counts"), bytes):
         value = {**value, "counts": value["counts"].decode("ascii", errors="replace")}

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     check_box,
     chosen_tasks,
@@ -53,18 +53,18 @@ def llava_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of LLaVA's files. Conversations without a picture, and those in which boxes are written as
+    """Yield the rows of LLaVA's files. Conversations without an image, and those in which boxes are written as
     numbers, are left out and counted.
 
     Args:
-        root: folder with one of `LLAVA_FILES`, else with json files or lines of these forms, and the pictures.
+        root: folder with one of `LLAVA_FILES`, else with json files or lines of these forms, and the images.
         split: what the column `split` says.
         annotations: the files, if they are elsewhere.
-        images: the folder that the records' `image` is relative to; False: rows without pictures.
-        tasks: any of `LLAVA_TASKS`; default all that a record gives.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records of each file.
-        problems: takes what is wrong with a record; default: raise.
+        images: the folder that the records' `image` is relative to; False: rows without images.
+        tasks: any of `LLAVA_TASKS`; default: all that a record offers.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` records of each file.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     tasks = chosen_tasks(tasks, LLAVA_TASKS, "llava")
@@ -72,17 +72,17 @@ def llava_rows(
     files = list(annotations or usual_files(root, LLAVA_FILES)[:1] or without_copies(sorted(root.glob("*.json*"))))
     if not files:
         raise ValueError(f"{root}: there is no json file")
-    pictures = Pictures(images, root, root / "images", root / "train2017", root / "train2014", root / "val2014")
+    finder = ImageFinder(images, root, root / "images", root / "train2017", root / "train2014", root / "val2014")
     draw = Draw("llava", seed, evaluation)
 
     def make(record) -> Iterator[dict]:
         if "image" not in record:
-            problems.leave_out("conversation without a picture")
+            problems.leave_out("conversation without an image")
             return
         name = get(record, "image")
         coco_id = coco_image_id(name)
-        columns = pictures.columns(name, size=stated_size(record), coco_id=None if coco_id is None else int(coco_id))
-        # With its folder: `vg/VG_100K/5.jpg` and `ocr_vqa/images/5.jpg` are different pictures.
+        columns = finder.columns(name, size=stated_size(record), coco_id=None if coco_id is None else int(coco_id))
+        # With its folder: `vg/VG_100K/5.jpg` and `ocr_vqa/images/5.jpg` are different images.
         columns |= {"source": "llava", "image_id": coco_id or str(PurePosixPath(name).with_suffix("")), "split": split}
         if "conversations" in record:
             conversations = get(record, "conversations", of=list)
@@ -96,7 +96,7 @@ def llava_rows(
             if columns["width"]:
                 yield from _box_rows(record, columns, tasks, draw)
             elif record["instances"]:
-                problems.leave_out("relative boxes of a picture of unknown size")
+                problems.leave_out("relative boxes of an image of unknown size")
         elif "vqa" in tasks:
             question = _own_words(get(record, "instruction", "text", "question"))
             answer = _own_words(get(record, "output", "answer")) if {"output", "answer"} & set(record) else None

@@ -1,15 +1,15 @@
 """LVIS (v0.5 and v1) as rows of the schema.
 
-As COCO instances, but only some categories are known for a picture: `neg_category_ids` are surely absent, those in
-`not_exhaustive_category_ids` are there, with more instances than are annotated; of all others nothing is known. v1 has
-no `file_name`: the end of `coco_url` is taken.
+Like COCO instances, but an image is annotated for some categories only: those in `neg_category_ids` are absent, those
+in `not_exhaustive_category_ids` have more instances than are annotated, and of the others nothing is known. v1 has no
+`file_name`; the end of `coco_url` replaces it.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from perceptiongpt.data.conversation import Draw, Pictures, chosen_tasks, get, usual_files
+from perceptiongpt.data.conversation import Draw, ImageFinder, chosen_tasks, get, usual_files
 from perceptiongpt.data.formats.coco import instance_rows, read_annotation, read_instances, skipping
 from perceptiongpt.data.formats.coco_panoptic import region_row
 from perceptiongpt.data.reading import Problems
@@ -30,27 +30,27 @@ def lvis_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of LVIS, picture by picture.
+    """Yield the rows of LVIS, image by image.
 
     `refer` and `detect` only for categories that are annotated exhaustively, `no_target` only for those that are known
     to be absent; `box_to_mask` and `region_caption` (by mask, box or both) for every instance.
 
     Args:
         root: folder with `lvis_v1_<split>.json` (also packed, or in `annotations`) and COCO's `train2017`, `val2017`:
-            the pictures of LVIS val are in both.
+            the images of LVIS val are in both.
         split: picks the file, and is what the column `split` says.
-        annotations, images: where these are elsewhere; `images=False`: rows without pictures.
-        tasks: any of `LVIS_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` pictures.
-        problems: takes what is wrong with a record; default: raise.
+        annotations, images: the files and the folder, if they are elsewhere; `images=False`: rows without images.
+        tasks: any of `LVIS_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, LVIS_TASKS, "lvis")
     root = Path(root)
     files = annotations or usual_files(root, [f"lvis_{version}_{split}.json" for version in ("v1", "v0.5")])[:1]
     if not files:
         raise ValueError(f"{root}: there is no lvis_v1_{split}.json; name the file as annotations")
-    pictures = Pictures(images, root, root / "images")
+    finder = ImageFinder(images, root, root / "images")
     draw = Draw("lvis", seed, evaluation)
     for file in files:
         records, instances, categories = read_instances(file, problems)
@@ -59,18 +59,18 @@ def lvis_rows(
             made = []
             with skipping(problems, file):
                 annotations = instances[record["id"]]
-                made = list(_image_rows(file, record, annotations, categories, pictures, tasks, draw, problems))
+                made = list(_image_rows(file, record, annotations, categories, finder, tasks, draw, problems))
             for row in made:
                 yield row | {"split": split}
 
 
-def _image_rows(file, record, annotations, categories, pictures, tasks, draw, problems) -> Iterator[dict]:
+def _image_rows(file, record, annotations, categories, finder, tasks, draw, problems) -> Iterator[dict]:
     name = f"{file}: image {record['id']!r}"
     try:
         absent = _category_ids(record, "neg_category_ids") if "no_target" in tasks else []
         more = _category_ids(record, "not_exhaustive_category_ids")
         size = get(record, "width", of=int), get(record, "height", of=int)
-        columns = pictures.columns(record["file_name"], size=size, coco_id=record["id"])
+        columns = finder.columns(record["file_name"], size=size, coco_id=record["id"])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     columns |= {"source": "lvis", "image_id": str(record["id"])}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     chosen_tasks,
     clean_text,
@@ -39,14 +39,14 @@ def pope_rows(
 
     Args:
         root: folder with `coco_pope_random.json`, `coco_pope_popular.json`, `coco_pope_adversarial.json` (any of them;
-            also packed) and the pictures in `val2014`.
+            also packed) and the images in `val2014`.
         split: one of these three kinds, or any other name for all three; POPE as a whole is a test set.
         annotations: the files, if they are elsewhere.
-        images: the folder of pictures, or of COCO's folders of pictures; False: rows without pictures.
+        images: the folder of images, or of COCO's folders of images; False: rows without images.
         tasks: `vqa`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead.
-        limit: only the first `limit` questions of each file.
-        problems: takes what is wrong with a question; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
+        limit: read only the first `limit` questions of each file.
+        problems: collects bad records; None: the first one raises.
     """
     chosen_tasks(tasks, ["vqa"], "pope")
     root = Path(root)
@@ -54,7 +54,7 @@ def pope_rows(
     files = list(annotations or usual_files(root, [f"coco_pope_{kind}.json" for kind in kinds]))
     if not files:
         raise ValueError(f"{root}: there is no coco_pope_{kinds[0]}.json; name the files as annotations")
-    pictures = Pictures(images, root, root / "images")
+    finder = ImageFinder(images, root, root / "images")
     draw = Draw("pope", seed, evaluation)
 
     def make(record) -> list[dict]:
@@ -63,7 +63,7 @@ def pope_rows(
         if label not in ("yes", "no"):
             raise ValueError(f"label is {label!r}, expected 'yes' or 'no'")
         image_id = coco_image_id(name)
-        columns = pictures.columns(name, coco_id=None if image_id is None else int(image_id))
+        columns = finder.columns(name, coco_id=None if image_id is None else int(image_id))
         columns |= {"source": "pope", "image_id": image_id or Path(name).stem, "split": split}
         return [make_row("vqa", [Turn(*render_turn("vqa", question, label, draw(name, number, question)))], columns)]
 

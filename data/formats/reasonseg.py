@@ -1,4 +1,4 @@
-"""ReasonSeg: implicit questions about a picture, answered with one region."""
+"""ReasonSeg: implicit questions about an image, answered with one region."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,15 +9,24 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.conversation import Draw, Pictures, Turn, chosen_tasks, clean_text, get, known_size, make_row
+from perceptiongpt.data.conversation import (
+    Draw,
+    ImageFinder,
+    Turn,
+    chosen_tasks,
+    clean_text,
+    get,
+    known_size,
+    make_row,
+)
 from perceptiongpt.data.formats.refer import find_split, read_phrase
 from perceptiongpt.data.reading import (
     Problems,
     find_image,
+    image_size,
     is_archive,
     open_file,
     open_members,
-    picture_size,
     without_copies,
 )
 from perceptiongpt.data.templates import render_prompt, render_turn
@@ -50,12 +59,12 @@ def reasonseg_rows(
         root: folder with `<split>/<name>.json` and `<split>/<name>.jpg`, or that folder itself.
         split: train, val or test.
         annotations: the json files, or archives or folders of them, where they are elsewhere.
-        images: folder of the pictures; None: beside the json files. False: no pictures; the size, which masks need,
-            then comes from the json (`imageWidth`, `imageHeight`) or from a picture beside it.
+        images: folder of the images; None: beside the json files. False: no images; the size, which masks need,
+            then comes from the json (`imageWidth`, `imageHeight`) or from an image beside it.
         tasks: `reasoning`.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
         limit: at most this many rows.
-        problems: what happens to bad files; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
     """
     problems = problems or Problems()
     chosen_tasks(tasks, ("reasoning",), "reasonseg")
@@ -168,24 +177,24 @@ def _columns(record: dict, folder: Path, name: str, images: str | Path | bool | 
     if images is False and size is None:
         # Where there is none, `known_size` says what is missing.
         there = [candidate for candidate in names if (folder / candidate).is_file()]
-        size = picture_size(find_image(folder, there[0])) if there else None
-    return Pictures(images, folder).columns(*names, size=size)
+        size = image_size(find_image(folder, there[0])) if there else None
+    return ImageFinder(images, folder).columns(*names, size=size)
 
 
 def _files(root: Path, split: str, annotations) -> Iterator[tuple[str, Path, str, bytes]]:
-    """(name for messages, folder of the pictures, name without ending, content) per json file."""
-    pictures = root / split if (root / split).is_dir() else root
+    """(name for messages, folder of the images, name without ending, content) per json file."""
+    image_folder = root / split if (root / split).is_dir() else root
     if annotations:
         paths = [Path(path) for path in annotations]
     else:
         packed = [path for path in sorted(root.glob(f"{split}.*")) if is_archive(path)]
-        paths = [pictures] if any(pictures.glob("*.json")) else without_copies(packed)
+        paths = [image_folder] if any(image_folder.glob("*.json")) else without_copies(packed)
     found = False
     for path in paths:
         if path.is_dir() or is_archive(path):
             for name, content in open_members(path, "*.json"):
                 found = True
-                yield f"{path}: {name}", path if path.is_dir() else pictures, PurePosixPath(name).stem, content
+                yield f"{path}: {name}", path if path.is_dir() else image_folder, PurePosixPath(name).stem, content
         else:
             found = True
             with open_file(path) as stream:

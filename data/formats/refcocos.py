@@ -1,4 +1,4 @@
-"""refcocos: expressions of several hops on COCO val2017 pictures, some without a target. Boxes only."""
+"""refcocos: multi-hop expressions on COCO val2017 images, some without a target. Boxes only."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice

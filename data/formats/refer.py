@@ -1,8 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in the form of the REFER toolkit: refs (a pickle or a json list) beside a COCO
 instances file.
 
-A ref's `file_name` is not an image name (its end numbers the object): the picture is the one of its `image_id`. Every
-sentence of a ref is a row of its own, also where the same text names two objects of one picture.
+A ref's `file_name` does not name an image (its end numbers the object); `image_id` does. Every sentence of a ref makes
+one row, also where the same text names two objects of an image.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     box_from_xywh,
     chosen_tasks,
@@ -68,13 +68,13 @@ def refer_rows(
         split: train, val, test, testA or testB, as the refs say; None: all.
         annotations: refs and instances files that are elsewhere; without instances these are looked for beside the
             refs, without refs these are looked for under `root`.
-        images: folder of the COCO pictures, under their 2014 or 2017 names, in `train2014` and the like or directly.
-            False: no pictures; `image` is None.
+        images: folder of the COCO images, under their 2014 or 2017 names, in `train2014` and the like or directly.
+            False: no images; `image` is None.
         tasks: any of `REFER_TASKS`; by default `refer` alone, one row per sentence. `box_to_mask` gives one row per
             ref, `region_caption` one per sentence.
-        seed, evaluation: of the prompts; the fixed evaluation prompts instead.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt.
         limit: at most this many rows.
-        problems: what happens to bad records; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
         dataset: refcoco, refcoco+ or refcocog.
         split_by: unc, google or umd; by default the one that the field reports on.
 
@@ -123,7 +123,7 @@ def read_phrase(text) -> str:
 
 
 def without_article(phrase: str) -> str:
-    """The phrase as it goes into "There is no .."."""
+    """The phrase as it stands in "There is no ..."."""
     return re.sub(r"^(the|an?)\s+(?=\S)", "", phrase, flags=re.IGNORECASE)
 
 
@@ -133,7 +133,7 @@ def find_split(split: str | None) -> str | None:
 
 
 def is_integer(value) -> bool:
-    """Whether it is an int and no bool."""
+    """Whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -148,7 +148,7 @@ def _caption_row(phrase: str, target: tuple, columns: dict, generator) -> dict:
 
 
 def read_target(annotation: dict, image_id: int, columns: dict) -> tuple[list[float], dict | None]:
-    """(xyxy box, mask) of a COCO annotation on the picture of `columns`; the mask is None if it covers no pixel."""
+    """(xyxy box, mask) of a COCO annotation on the image of `columns`; the mask is None if it covers no pixel."""
     if annotation.get("image_id", image_id) != image_id:
         raise ValueError(f"annotation {annotation.get('id')!r} belongs to image {annotation['image_id']!r}")
     name = f"annotation {annotation.get('id')!r}"
@@ -217,14 +217,14 @@ def ref_rows(
         records |= _select(path, member, "images", image_ids, problems)
         found |= _select(path, member, "annotations", ann_ids, problems)
 
-    pictures = Pictures(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
+    finder = ImageFinder(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
     for where, ref, _ in refs:
         try:
             record = records.get(ref["image_id"], {})
             if instances_files and not record:
                 raise ValueError(f"image {ref['image_id']!r} is not in the instances file")
             names = [record["file_name"]] if record.get("file_name") else []
-            columns = pictures.columns(*names, size=stated_size(record), coco_id=ref["image_id"])
+            columns = finder.columns(*names, size=stated_size(record), coco_id=ref["image_id"])
             columns |= {"source": source, "image_id": str(ref["image_id"]), "split": find_split(ref["split"])}
             rows = list(rows_of(where, ref, found, columns))
         except ValueError as error:
@@ -329,7 +329,7 @@ def locate(root: str | Path, annotations, dataset: str | None, split_by: str | N
 
 
 def packed_data_set(folder: Path, dataset: str) -> list[Path]:
-    """`<dataset>.zip` as it is downloaded, or the same as a tar; none or one."""
+    """The archive of a data set (`<dataset>.zip`, or a tar), if there is one."""
     return without_copies(path for path in sorted(folder.glob(f"{dataset}.*")) if is_archive(path))
 
 

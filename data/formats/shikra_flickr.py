@@ -12,7 +12,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     check_box,
     chosen_tasks,
@@ -49,15 +49,15 @@ def shikra_flickr_rows(
     A caption makes what `flickr30k_entities_rows` makes of one, a question `grounded_vqa`.
 
     Args:
-        root: folder with `*flickr30k*<split>*.jsonl` (Shikra's val and test lines are called `eval`) and the pictures
+        root: folder with `*flickr30k*<split>*.jsonl` (Shikra's val and test lines are called `eval`) and the images
             in `flickr30k-images`.
         split: picks the file, and is what the column `split` says.
         annotations: the json lines, if they are elsewhere.
-        images: the folder of pictures; False: rows without pictures, if the lines state `width` and `height`.
-        tasks: any of `SHIKRA_TASKS`; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` lines of each file.
-        problems: takes what is wrong with a line; default: raise.
+        images: the folder of images; False: rows without images, if the lines state `width` and `height`.
+        tasks: any of `SHIKRA_TASKS`; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` lines of each file.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, SHIKRA_TASKS, "shikra_flickr")
     root = Path(root)
@@ -66,7 +66,7 @@ def shikra_flickr_rows(
     files = list(annotations or without_copies(next(filter(None, usual), ())))
     if not files:
         raise ValueError(f"{root}: there is no file *flickr30k*{split}*.jsonl")
-    pictures = Pictures(images, root / "flickr30k-images", root / "flickr30k_images", root / "images", root)
+    finder = ImageFinder(images, root / "flickr30k-images", root / "flickr30k_images", root / "images", root)
     draw = Draw("shikra_flickr", seed, evaluation)
 
     def make(numbered) -> Iterator[dict]:
@@ -77,7 +77,7 @@ def shikra_flickr_rows(
         else:
             name = get(record, "img_path", "image", of=str)
             image_id = Path(name).stem
-        columns = pictures.columns(name, size=stated_size(record))
+        columns = finder.columns(name, size=stated_size(record))
         columns |= {"source": "shikra_flickr", "image_id": image_id, "split": split}
         boxes = get(record, "boxes", of=list)
         boxes = [check_box(box, known_size(columns), f"box {index}") for index, box in enumerate(boxes)]

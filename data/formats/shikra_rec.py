@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     check_box,
     chosen_tasks,
     coco_image_id,
@@ -46,10 +46,10 @@ def shikra_rec_rows(
         split: train, val, test, testA or testB. A line says its split itself, else the file's name does, else it is
             the one asked for. None: all.
         annotations: the files, where they are elsewhere.
-        images: folder of the COCO pictures (see `refer_rows`); False: no pictures.
+        images: folder of the COCO images (see `refer_rows`); False: no images.
         tasks: `refer`.
         limit: at most this many rows.
-        problems: what happens to bad lines; default: the first one raises.
+        problems: collects bad records; None: the first one raises.
         dataset: only refcoco, refcoco+ or refcocog.
         split_by: only the files of unc, google or umd.
     """
@@ -75,7 +75,7 @@ def read_shikra(record: dict) -> dict:
     }
 
 
-# ---- what lists of (picture, text, box) share ------------------------------------------------------------------------
+# ---- what lists of (image, text, box) share ------------------------------------------------------------------------
 
 
 def list_rows(
@@ -90,7 +90,7 @@ def list_rows(
     problems: Problems,
 ) -> Iterator[dict]:
     """A row per record of the files that belongs to `split` and `dataset`; `read` gives a record's fields."""
-    pictures = Pictures(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
+    finder = ImageFinder(images, *(Path(root) / folder for folder in IMAGE_FOLDERS))
     split, seen, used = find_split(split), Counter(), False
     for file in files:
         file_split = split_in_name(file) or split
@@ -104,7 +104,7 @@ def list_rows(
                 used = True
                 coco_id = int(fields["image_id"]) if fields["is_coco"] and fields["image_id"].isdecimal() else None
                 size = stated_size(record)
-                columns = pictures.columns(fields["name"], size=size, coco_id=coco_id)
+                columns = finder.columns(fields["name"], size=size, coco_id=coco_id)
                 columns |= {"source": source, "image_id": fields["image_id"], "split": own_split or "train"}
                 targets = []
                 if fields["box"] is not None:
@@ -124,7 +124,7 @@ def list_rows(
 def find_lists(
     root: str | Path, annotations, pattern: str, dataset: str | None, split_by: str | None, split: str | None
 ) -> list[Path]:
-    """The files of a folder, or one level below, whose names do not speak against what is asked for."""
+    """The files of a folder, or one level below, whose names do not exclude the data set and split asked for."""
     if annotations:
         return [Path(path) for path in annotations]
     split = find_split(split)
@@ -142,7 +142,7 @@ def find_lists(
 
 
 def split_in_name(path: Path) -> str | None:
-    """The split that a file's name tells ("testA" for "REC_refcoco_unc_testA.jsonl.gz"), if it does."""
+    """The split in a file's name ("testA" for "REC_refcoco_unc_testA.jsonl.gz"), if there is one."""
     match = FILE_SPLIT.search(path.name)
     return match and find_split(match[1].lower())
 
@@ -154,7 +154,7 @@ def is_dataset(name: str | None, dataset: str | None) -> bool:
 
 
 def read_numbers(values: list, form: str) -> list[float]:
-    """Four numbers, checked; `form` says in the error message what they are."""
+    """Four checked numbers; `form` describes them in the error message."""
     if len(values) != 4 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise ValueError(f"box {str(values)[:60]} is not {form}")
     try:

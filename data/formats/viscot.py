@@ -1,4 +1,4 @@
-"""Visual-CoT (a question, its answer and the box that one must look at) as rows of the schema.
+"""Visual-CoT (a question, its answer and the box of the region to look at) as rows of the schema.
 
 | record | where |
 | --- | --- |
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     check_box,
     chosen_tasks,
@@ -52,15 +52,15 @@ def viscot_rows(
     box as evidence (`grounded_vqa`), about the box (`region_vqa`) and without it (`vqa`).
 
     Args:
-        root: folder with `metadata/*<split>*.jsonl`, else `viscot_363k.json`, else json lines; pictures in
+        root: folder with `metadata/*<split>*.jsonl`, else `viscot_363k.json`, else json lines; images in
             `cot/<dataset>`, `cot_image_data/<dataset>` or `images`.
         split: picks the metadata files, and is what the column `split` says.
         annotations: the files, if they are elsewhere.
-        images: the folder that the records' paths are relative to; False: rows without pictures.
-        tasks: any of `VISCOT_TASKS`; default all that a record gives.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` records of each file.
-        problems: takes what is wrong with a record; default: raise.
+        images: the folder that the records' paths are relative to; False: rows without images.
+        tasks: any of `VISCOT_TASKS`; default: all that a record offers.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` records of each file.
+        problems: collects bad records; None: the first one raises.
     """
     tasks = chosen_tasks(tasks, VISCOT_TASKS, "viscot")
     root = Path(root)
@@ -70,7 +70,7 @@ def viscot_rows(
     )
     if not files:
         raise ValueError(f"{root}: there is no metadata/*{split}*.jsonl and no viscot_363k.json")
-    pictures = Pictures(images, root, root / "images", root / "cot_image_data", root / "cot_images")
+    finder = ImageFinder(images, root, root / "images", root / "cot_image_data", root / "cot_images")
     draw = Draw("viscot", seed, evaluation)
 
     def make(record) -> Iterator[dict]:
@@ -79,7 +79,7 @@ def viscot_rows(
         if len(path.parts) == 1 and "dataset" in record:
             path = get(record, "dataset") / path
         coco_id = coco_image_id(name)
-        columns = pictures.columns(
+        columns = finder.columns(
             f"cot/{path}", str(path), size=stated_size(record), coco_id=None if coco_id is None else int(coco_id)
         )
         columns |= {"source": "viscot", "image_id": coco_id or str(path.with_suffix("")), "split": split}
@@ -101,13 +101,11 @@ def viscot_rows(
 
 
 def _read(record: dict) -> tuple[str, str, str | None, list]:
-    """(picture, question, answer or None, boxes) of any of the three forms."""
+    """(image, question, answer or None, boxes) of any of the three forms."""
     if "conversations" in record:
         paths, turns = get(record, "image", of=list), get(record, "conversations", of=list)
         if len(paths) != 2 or len(turns) != 4:
-            raise ValueError(
-                f"{len(paths)} pictures and {len(turns)} turns, expected 2 (one a part of the other) and 4"
-            )
+            raise ValueError(f"{len(paths)} images and {len(turns)} turns, expected 2 (one a part of the other) and 4")
         name, box = paths[0], str(paths[1]).partition("###")[2]
         try:
             boxes = [json.loads(box)]
@@ -121,6 +119,6 @@ def _read(record: dict) -> tuple[str, str, str | None, list]:
         boxes = get(record, "bboxs", "bbox", of=list)
         boxes = boxes if "bboxs" in record else [boxes]
     if not isinstance(name, str) or not boxes or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
-        raise ValueError(f"picture {name!r} with the boxes {str(boxes)[:60]}, expected a file and [x0, y0, x1, y1]")
+        raise ValueError(f"image {name!r} with the boxes {str(boxes)[:60]}, expected a file and [x0, y0, x1, y1]")
     answer = None if answer is None else clean_text(answer, "answer")
     return name, clean_text(question, "question"), answer, reading_order(boxes)

@@ -3,7 +3,7 @@
 Files (json, plain or packed; told apart by their content): `region_descriptions` (a box and a phrase each: `refer`,
 `region_caption`, `dialogue`), `objects` (a box and names each: `refer`, `detect`), `question_answers` (`vqa`; where the
 objects of question or answer are given with boxes, `region_vqa` and `grounded_vqa`) and `image_data` (sizes).
-All are streamed picture by picture. Regions have `width` and `height`, objects `w` and `h`.
+All are streamed image by image. Regions have `width` and `height`, objects `w` and `h`.
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from perceptiongpt.configuration_perceptiongpt import PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     box_from_xywh,
     check_box,
@@ -61,9 +61,9 @@ def visual_genome_rows(
     problems: Problems | None = None,
     split_file: str | Path | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of Visual Genome, picture by picture, file after file.
+    """Yield the rows of Visual Genome, image by image, file after file.
 
-    A phrase that occurs twice in a picture makes no `refer` row. `detect` asks for the objects that are listed, and
+    A phrase that occurs twice in an image makes no `refer` row. `detect` asks for the objects that are listed, and
     Visual Genome does not list every one.
 
     Args:
@@ -72,11 +72,11 @@ def visual_genome_rows(
             in `VG_100K` and `VG_100K_2`.
         split: what the column `split` says; with `split_file`, the split to take.
         annotations: the files, if they are elsewhere; those that are given are used, no others.
-        images: the folder of pictures; False: rows without pictures, sizes from `image_data`.
-        tasks: any of `TASKS` that the files offer; default all.
-        seed, evaluation: of the choices and prompts; the fixed evaluation prompts instead.
-        limit: only the first `limit` pictures of each file.
-        problems: takes what is wrong with a record; default: raise.
+        images: the folder of images; False: rows without images, sizes from `image_data`.
+        tasks: any of `TASKS` that the files offer; default: all.
+        seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
+        limit: read only the first `limit` images of each file.
+        problems: collects bad records; None: the first one raises.
         split_file: json {split: [image ids]} (as DenseCap's `densecap_splits.json`): Visual Genome has no splits.
     """
     problems = problems or Problems()
@@ -91,7 +91,7 @@ def visual_genome_rows(
     tasks = chosen_tasks(tasks, offered, "visual_genome")
     known = _read_image_data(files["url"], problems)
     wanted = None if split_file is None else _read_split(split_file, split)
-    pictures = Pictures(images, *(Path(root) / name for name in ("VG_100K", "VG_100K_2", "images", "images2", "")))
+    finder = ImageFinder(images, *(Path(root) / name for name in ("VG_100K", "VG_100K_2", "images", "images2", "")))
     draw = Draw("visual_genome", seed, evaluation)
     makers = {"regions": _region_rows, "objects": _object_rows, "qas": _question_rows}
 
@@ -108,7 +108,7 @@ def visual_genome_rows(
                     if wanted is not None and image_id not in wanted:
                         continue
                     entries = get(record, kind, of=list)
-                    columns = pictures.columns(f"{image_id}.jpg", f"{image_id}.png", size=known.get(image_id))
+                    columns = finder.columns(f"{image_id}.jpg", f"{image_id}.png", size=known.get(image_id))
                 except ValueError as error:
                     problems.report(where, error)
                     continue
@@ -152,7 +152,7 @@ def _stream(path: Path, member: str, problems: Problems) -> Iterator[tuple[str, 
 
 
 def _image_id(record: dict) -> int:
-    """Of a picture's record, in which v1.0 and v1.2 name it differently; regions of some versions have it inside."""
+    """The id in an image's record: v1.0 and v1.2 name it differently, and some versions keep it in the regions."""
     if not isinstance(record, dict) or "image_id" in record or "id" in record:
         return get(record, "image_id", "id", of=int)
     entries = chain.from_iterable(record[kind] for kind in TASKS if isinstance(record.get(kind), list))
@@ -287,7 +287,7 @@ def _named_boxes(objects, columns: dict, number: int) -> dict[str, list]:
 
 
 def _mark_in_place(answer: str, objects: dict[str, list]) -> tuple[str, list] | None:
-    """The answer with its objects' names marked where they stand, and the slots; None if one does not stand there."""
+    """The answer with its objects' names marked in it, and the slots; None if a name does not occur in it."""
     found = []
     for name, slots in objects.items():
         match = re.search(rf"\b{re.escape(name)}\b", answer, re.IGNORECASE)

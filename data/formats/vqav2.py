@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perceptiongpt.data.conversation import (
     Draw,
-    Pictures,
+    ImageFinder,
     Turn,
     chosen_tasks,
     clean_text,
@@ -41,20 +41,20 @@ def vqav2_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield one row per question, answered with the answer that most people gave (of equals, the first).
+    """Yield one row per question, answered with the most frequent answer (of equals, the first).
 
     Args:
         root: folder with `v2_OpenEnded_mscoco_train2014_questions.json`, `v2_mscoco_train2014_annotations.json` (also
-            packed, or in `annotations`) and the pictures in `train2014`, `val2014`, `test2015`.
+            packed, or in `annotations`) and the images in `train2014`, `val2014`, `test2015`.
         split: `train`, `val`, `test` or `test-dev`.
         annotations: the files, if they are elsewhere; questions and annotations are told apart by what they hold. With
             questions alone (a test split), rows end with the question.
-        images: the folder of pictures, or of COCO's folders of pictures; False: rows without pictures.
+        images: the folder of images, or of COCO's folders of images; False: rows without images.
         tasks: `vqa`.
-        seed, evaluation: of the prompts; the fixed evaluation prompt instead. Rows made under `evaluation` have two
-            keys beyond the schema: `answers`, what each person said, and `question_id`.
-        limit: only the first `limit` questions.
-        problems: takes what is wrong with a question; default: raise.
+        seed, evaluation: seed of the drawn prompts; True: the fixed evaluation prompt, and two more
+            keys in each row: `answers`, what each person said, and `question_id`.
+        limit: read only the first `limit` questions.
+        problems: collects bad records; None: the first one raises.
     """
     return _vqa_rows("vqav2", VQAV2_FILES, root, split, annotations, images, tasks, seed, evaluation, limit, problems)
 
@@ -71,11 +71,11 @@ def okvqa_rows(
     limit: int | None = None,
     problems: Problems | None = None,
 ) -> Iterator[dict]:
-    """Yield the rows of OK-VQA as `vqav2_rows` does those of VQA v2.
+    """Yield the rows of OK-VQA, as `vqav2_rows` does for VQA v2.
 
     Args:
         root: folder with `OpenEnded_mscoco_train2014_questions.json`, `mscoco_train2014_annotations.json` (also packed,
-            or in `annotations`) and the pictures in `train2014`, `val2014`.
+            or in `annotations`) and the images in `train2014`, `val2014`.
         split: `train` or `val`.
         Others: as in `vqav2_rows`.
     """
@@ -121,7 +121,7 @@ def _vqa_rows(
 
     for path in files["annotations"]:
         list(each_record(read_records(path, "annotations", problems=problems), read, problems))
-    pictures = Pictures(images, root, root / "images")
+    finder = ImageFinder(images, root, root / "images")
     draw = Draw(source, seed, evaluation)
 
     def make(record) -> list[dict]:
@@ -130,7 +130,7 @@ def _vqa_rows(
         if files["annotations"] and number not in answers:
             raise ValueError(f"question {number} has no annotation")
         folder = re.sub(r"-dev", "", subtype)
-        columns = pictures.columns(f"{folder}/COCO_{folder}_{image_id:012d}.jpg", coco_id=image_id)
+        columns = finder.columns(f"{folder}/COCO_{folder}_{image_id:012d}.jpg", coco_id=image_id)
         columns |= {"source": source, "image_id": str(image_id), "split": split}
         generator = draw(image_id, number)
         if files["annotations"]:

@@ -1,1 +1,1 @@
-"""Drawn scenes: pictures, expressions about them, tasks, and the rows made of both."""
+"""Drawn scenes: images, expressions about them, tasks, and the rows made of both."""

@@ -2,7 +2,7 @@
 
 An expression is proposed, its referents are computed over all objects, and it is dropped if anything about it is
 unclear: the visible boxes of two objects told apart by position differ in their centres by `POSITION_MARGIN` of the
-picture's side, and neither edge says otherwise; by size they differ in side and visible area by `SIZE_RATIO`; by
+image's side, and neither edge says otherwise; by size they differ in side and visible area by `SIZE_RATIO`; by
 distance of the centres, by both.
 """
 
@@ -28,7 +28,7 @@ RELATIONS = {
     "behind": "partly hidden by",
     "front": "partly covering",
 }
-# Per end of the picture: the word for what is nearest to it, the first of a box's two edges on that axis, and the sign.
+# Per end of the image: the word for what is nearest to it, the first of a box's two edges on that axis, and the sign.
 ENDS = {"left": ("leftmost", 0, 1), "right": ("rightmost", 0, -1), "top": ("topmost", 1, 1)}
 ENDS["bottom"] = ("bottommost", 1, -1)
 IRREGULAR = {"person": "people", "mouse": "mice", "knife": "knives", "wine glass": "wine glasses", "sheep": "sheep"}
@@ -187,7 +187,7 @@ def _attribute(scene: Scene, rng: Random) -> Expression:
 
 
 def _ahead(scene: Scene, one: SceneObject, other: SceneObject, end: str) -> bool | None:
-    """Whether one object is nearer than another to an end of the picture; None if that is unclear."""
+    """Whether one object is nearer than another to an end of the image; None if that is unclear."""
     start, sign = ENDS[end][1:]
     gaps = [sign * (other.box[edge] - one.box[edge]) for edge in (start, start + 2)]
     if abs(sum(gaps)) / 2 < POSITION_MARGIN * scene.size or min(gaps) <= 0 <= max(gaps):
@@ -196,7 +196,7 @@ def _ahead(scene: Scene, one: SceneObject, other: SceneObject, end: str) -> bool
 
 
 def _ranked(scene: Scene, members: list[SceneObject], end: str, rank: int) -> SceneObject | None:
-    """The one with so many others nearer to an end of the picture, if it is clear."""
+    """The one with so many others nearer to an end of the image, if it is clear."""
     start, sign = ENDS[end][1:]
     one = sorted(members, key=lambda other: sign * (other.box[start] + other.box[start + 2]))[rank]
     return None if None in [_ahead(scene, one, other, end) for other in members if other is not one] else one

@@ -26,19 +26,19 @@ LARGEST_SCALE = 2  # an object that would have to be enlarged more is blurred
 
 
 class Photos:
-    """The pictures of a folder, for backgrounds; each worker keeps the last `CACHED_PHOTOS` it read, at low resolution.
+    """The images of a folder, for backgrounds; each worker keeps the last `CACHED_PHOTOS` it read, at low resolution.
 
     Raises:
-        ValueError: the folder has no picture.
+        ValueError: the folder has no image.
     """
 
     def __init__(self, folder: str | Path):
         self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
         if not self.paths:
-            raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(PHOTO_SUFFIXES))})")
+            raise ValueError(f"{folder}: holds no image ({', '.join(sorted(PHOTO_SUFFIXES))})")
 
     def choose(self, rng: Random, pool: Random) -> Path:
-        """One of the `POOL_PHOTOS` pictures that `pool` chooses."""
+        """One of the `POOL_PHOTOS` images that `pool` chooses."""
         pool = [self.paths[pool.randrange(len(self.paths))] for _ in range(POOL_PHOTOS)]
         return rng.choice(pool)
 
@@ -55,12 +55,12 @@ class Cutouts:
     """Real objects of a COCO-format folder, to be pasted.
 
     The layout is COCO's own, `annotations/instances_<name>.json` and `<name>/` (the json may lie beside the folder of
-    pictures; of several the first whose folder is there; `images/` is taken if there is none). Crowd regions, objects
-    cut off by the border and those whose box is smaller than `LEAST_CUTOUT_SIDE` pixels are not pasted. Pictures made
+    images; of several the first whose folder is there; `images/` is taken if there is none). Crowd regions, objects
+    cut off by the border and those whose box is smaller than `LEAST_CUTOUT_SIDE` pixels are not pasted. Images made
     so carry the licences of the photos they come from (`images[].license` in the json).
 
     Raises:
-        ValueError: no annotations, no pictures, or no object that can be pasted.
+        ValueError: no annotations, no images, or no object that can be pasted.
     """
 
     def __init__(self, root: str | Path):
@@ -135,17 +135,17 @@ class Cutouts:
             return None
         mask, (x0, y0, x1, y1) = cut
         path, usable = self.photos[photo]
-        picture, original = _read_photo(path, CUTOUT_PHOTO_SIDE)
+        photo, original = _read_photo(path, CUTOUT_PHOTO_SIDE)
         if original != usable[number][2]:
             raise ValueError(f"{path}: is {original} pixels (width, height), the annotations say {usable[number][2]}")
-        shrunk = picture.width / original[0]
+        shrunk = photo.width / original[0]
         scale = side / max(mask.size)
         width, height = max(round(mask.width * scale), 1), max(round(mask.height * scale), 1)
         if min(width, height) < LEAST_PASTED_SIDE or scale > LARGEST_SCALE * shrunk:
             return None
         box = tuple(value * shrunk for value in (x0, y0, x1, y1))
-        box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
-        patch = picture.resize((width, height), Image.Resampling.BILINEAR, box)
+        box = (*box[:2], min(box[2], photo.width), min(box[3], photo.height))
+        patch = photo.resize((width, height), Image.Resampling.BILINEAR, box)
         alpha = mask.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)
         if rng.random() < 0.5:
             patch, alpha = (one.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for one in (patch, alpha))

@@ -1,8 +1,8 @@
-"""Pictures of scenes, drawn or pasted together from photos, with exact boxes and masks of what can be seen.
+"""Images of scenes, drawn or pasted together from photos, with exact boxes and masks of the visible parts.
 
-A scene depends on its key and the arguments alone. Objects are placed back to front on a map that tells which object a
-pixel belongs to: a mask is the part of an object that can be seen, its box the tight box of that part. Drawn objects
-are a shape, a colour and a pattern; pasted ones are real objects cut out along their COCO masks.
+A scene depends only on its key and the arguments. Objects are placed back to front on a map of which object each pixel
+belongs to. An object's mask is its visible part, its box the tight box of that part. Drawn objects have a shape, a
+colour and a pattern; pasted ones are real objects cut out along their COCO masks.
 """
 
 import math
@@ -34,15 +34,15 @@ COLORS = {
     "gray": (128, 128, 128),
 }
 PATTERNS = ("plain", "striped", "checkered", "dotted")
-DOT = "dot"  # what a shape is called that is too small for its form to be seen
-LEAST_SHAPE_SIDE, LEAST_PATTERN_SIDE = 10.0, 16.0  # pixels
+DOT = "dot"  # the name of a shape that is too small for its form to be seen
+LEAST_SHAPE_SIDE, LEAST_PATTERN_SIDE = 10.0, 16.0  # pixels from which a shape, and a pattern, can be seen
 LEAST_VISIBLE = 0.45  # share of every object that stays visible
 LEAST_HIDDEN = 0.06  # from this share on an object counts as partly hidden
-REFERENCE_SIZE = 128  # sides of a `Layout` are pixels of a picture of this size
-SUPERSAMPLING = 4
-POOL_SCENES = 256  # so many scenes in a row share `POOL_PHOTOS` photos
+REFERENCE_SIZE = 128  # sides of a `Layout` are pixels of an image of this size
+SUPERSAMPLING = 4  # shapes are drawn this much larger, then reduced
+POOL_SCENES = 256  # consecutive scenes that share `POOL_PHOTOS` photos
 LEAST_CUTOUT_PIXELS = 24  # of a pasted object
-LAYOUT_TRIES = 500
+LAYOUT_TRIES = 500  # until a scene counts as impossible
 
 
 def _arc(start: float, stop: float, points: int, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
@@ -93,7 +93,7 @@ class Layout:
 
     Args:
         counts: least and most objects.
-        sides: least and most longer side of an object as a whole, in pixels of a picture of 128 x 128; log-uniform.
+        sides: least and most longer side of an object as a whole, in pixels of an image of 128 x 128; log-uniform.
         hidden: at least this share of the objects is partly hidden; None: a share drawn from 0 to 0.5 is tried.
         held_out: whether combinations of `HELD_OUT` occur (one at least); otherwise they never do.
         odd: share of the scenes in which all objects but one have something in common.
@@ -130,7 +130,7 @@ class SceneObject:
 
 @dataclass(eq=False)
 class Scene:
-    """A picture (uint8, (size, size, 3)), its objects, and the kind of its background.
+    """An image (uint8, (size, size, 3)), its objects, and the kind of its background.
 
     `absent`: names that may be said to be absent (shapes, or categories that the photo behind does not hold either).
     `behind`: categories that the photo behind holds, which are not annotated.
@@ -160,7 +160,7 @@ def draw_scene(
 
     Args:
         key: the scene's random numbers depend on this string (and the arguments) alone.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         layout: what it looks like.
         plain: whether its background is plain or a gradient, or else textured or a photo; None: drawn.
         sides: the objects' longer sides in pixels; None: drawn from the layout.

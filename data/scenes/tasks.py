@@ -52,7 +52,7 @@ class Question:
     expression: Expression | None = None
 
     def details(self, scene: Scene) -> dict:
-        """What `ScenesDataset.details` tells of it."""
+        """An entry of `ScenesDataset.details`."""
         return {
             "kind": self.kind,
             "side": self.target and self.target.side,
@@ -98,7 +98,7 @@ def _sentence(text: str) -> str:
 
 
 def refer_question(scene: Scene, found: Expression, generator) -> Question:
-    """The row of an expression with one referent, or none."""
+    """The question that asks for the one referent of an expression, or for one that has none."""
     prompt = render_prompt("refer", f"the {found.text}", generator)
     if not found.targets:
         return Question("no_target", [(prompt, f"There is no {found.text}.")], [], found.kind, None, found)
@@ -214,7 +214,7 @@ def _spotting_caption(scene: Scene, rng: Random, generator, kinds, given_by) -> 
 
 
 def _prompt_slot(one: SceneObject, rng: Random, given_by: tuple[str, ...]) -> tuple:
-    """An object as a user may give it."""
+    """An object in a prompt, in one of the forms `given_by`."""
     form = rng.choice(given_by)
     box, mask = one.box if form in ("box", "both") else None, one.mask if form in ("mask", "both") else None
     return box, mask, _click(one, rng) if form == "point" else None
