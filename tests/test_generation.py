@@ -374,7 +374,7 @@ def test_other_refusals(model):
     with pytest.raises(ValueError, match="no signal state"):
         model.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache)
     cache = run(model, singles[4], max_new_tokens=3).past_key_values
-    with pytest.raises(ValueError, match=r"holds 20 tokens, the prompt 2: pass the whole text.*attention_mask"):
+    with pytest.raises(ValueError, match=r"holds 21 tokens, the prompt 2: pass the whole text.*attention_mask"):
         model.generate(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
     for missing in (
         {"boxes_valid": torch.zeros(1, 1, dtype=torch.bool)},

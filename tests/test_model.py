@@ -523,7 +523,7 @@ def test_a_checkpoint_can_get_points(first_folder, tmp_path):
         for name, parameter in getattr(model.model, part).named_parameters():
             spread = getattr(fresh.model, part).get_parameter(name).std()
             if name != "norm.weight":
-                assert parameter.std() == pytest.approx(spread.item(), rel=0.3), name
+                assert parameter.std().item() == pytest.approx(spread.item(), rel=0.3), name
     torch.testing.assert_close(model.model.point_encoder.norm.weight, torch.full((48,), 0.7))
     output = model.train()(**teacher_forced_batch())
     output.loss.backward()
