@@ -35,12 +35,11 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from perceptiongpt.data.reading import Problems, image_size
-from perceptiongpt.data.schema import decode_rle, describe_row, row_features, row_images, row_slots, validate_row
+from perceptiongpt.data.schema import describe_row, row_features, row_images, validate_row
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
     SOURCES,
     default_split,
-    prepared_files,
     raw_rows,
     source_arguments,
     source_help,
@@ -51,7 +50,6 @@ ROWS_PER_SHARD = {"path": 10_000, "embed": 1_000, "none": 10_000}  # after a sto
 ROWS_PER_GROUP = {"path": 500, "embed": 50, "none": 500}  # what a reader of the shards holds in memory
 EXAMPLES_PRINTED = 3  # of each reason; summary.json holds more
 COUNTED = ("rows", "boxes", "masks", "points")  # per task
-UNKNOWN_SIZE = (640, 480)  # pixels of the grey image that is drawn where the size is unknown, too
 CARD = """---
 configs:
 - config_name: default
@@ -373,7 +371,7 @@ def dataset_card(summary: dict) -> str:
     )
 
 
-# ---- looking at it ---------------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 
 def print_summary(split: str, summary: dict) -> None:
@@ -396,75 +394,6 @@ def print_summary(split: str, summary: dict) -> None:
 
 def _listed(problems: Problems) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in problems.counts.items()) or "nothing was left out"
-
-
-def preview_rows(root: str | Path, split: str, count: int) -> list[dict]:
-    """`count` rows of a prepared split (all, if it has fewer), evenly spread over the tasks and over the files."""
-    files = prepared_files(root, split)
-    places, tasks = [], {}
-    for file in files:
-        for index, task in enumerate(parquet.read_table(file, columns=["task"])["task"].to_pylist()):
-            tasks.setdefault(task, []).append(len(places))
-            places.append((file, index))
-    chosen, left = {}, count
-    # The smallest first: what a task lacks of its share goes to the others.
-    for done, task in enumerate(sorted(tasks, key=lambda task: (len(tasks[task]), task))):
-        found = tasks[task]
-        share = min(-(-left // (len(tasks) - done)), len(found))
-        chosen[task] = [found[(2 * i + 1) * len(found) // (2 * share)] for i in range(share)]
-        left -= share
-    rows = []
-    for file, index in (places[place] for task in sorted(chosen) for place in chosen[task]):
-        content = parquet.ParquetFile(file)
-        for group in range(content.num_row_groups):
-            size = content.metadata.row_group(group).num_rows
-            if index < size:
-                rows += content.read_row_group(group).slice(index, 1).to_pylist()
-                break
-            index -= size
-    return rows
-
-
-def draw_row(row: dict):
-    """A row's (first) image with its boxes and masks, numbered as in the conversation below it.
-
-    Without an image at hand they are drawn on grey.
-    """
-    from PIL import Image, ImageDraw
-
-    from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
-    from perceptiongpt.drawing import draw_objects
-    from perceptiongpt.geometry_perceptiongpt import tight_box
-    from perceptiongpt.images_perceptiongpt import read_image
-
-    stored = row_images(row)[0]
-    if stored is None:
-        size = (row["width"], row["height"]) if row["width"] else UNKNOWN_SIZE
-        image = Image.new("RGB", size, "#B0B0B0")
-    else:
-        image = read_image(stored, describe_row(row))
-    lines, number = [], 0
-    for message in row["messages"]:
-        first, *others = message["content"].replace(IMAGE_TOKEN, "").split(VIS_TOKEN)
-        for other in others:
-            number += 1
-            first += f"[{number}]{other}"
-        first = first.replace(PHRASE_START_TOKEN, "").replace(PHRASE_END_TOKEN, " ")
-        lines.append(f"{'Q' if message['role'] == 'user' else 'A'}: {first}")
-    objects = []
-    radius = max(image.size) / 100
-    for number, slot in enumerate(row_slots(row), 1):
-        box, mask, point = slot.get("box"), slot.get("mask"), slot.get("point")
-        if point is not None:
-            disc = [point[0] - radius, point[1] - radius, point[0] + radius, point[1] + radius]
-            ImageDraw.Draw(image).ellipse(disc, fill="red", outline="white")
-        if box is None:
-            box = disc if mask is None else tight_box(decode_rle(mask))
-        objects.append({"box": box, "mask": mask, "phrase": f"[{number}]", "score": None})
-    return draw_objects(image, {"objects": objects}, caption=f"{row['task']} | " + " | ".join(lines))
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def _own_arguments(name: str) -> Iterator[tuple[str, inspect.Parameter]]:
@@ -594,6 +523,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             )
             print_summary(split, summary)
             if options.preview:
+                from perceptiongpt.data.preview import draw_row, preview_rows
                 from perceptiongpt.drawing import contact_sheet
 
                 drawn = [draw_row(row) for row in preview_rows(options.output, split, options.preview)]

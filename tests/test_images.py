@@ -117,7 +117,7 @@ def test_errors_name_the_image(source, message, url):
 def test_training_rows_are_composited_on_white(transparent, tmp_path):
     from datasets import Dataset
 
-    from perceptiongpt.data.prepare import draw_row
+    from perceptiongpt.data.preview import draw_row
     from perceptiongpt.data.schema import row_to_messages
     from perceptiongpt.data.sources import load_source
 

@@ -20,6 +20,7 @@ from perceptiongpt.data import prepare as preparing
 from perceptiongpt.data.formats import coco
 from perceptiongpt.data.formats.coco import load_coco
 from perceptiongpt.data.prepare import prepare, read_summary
+from perceptiongpt.data.preview import draw_row, preview_rows
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.data.sources import (
     COMMON_ARGUMENTS,
@@ -217,7 +218,7 @@ def test_a_task_of_few_rows_leaves_its_share_to_the_others(source, tmp_path, cou
     other = next(row for row in source if row["task"] == "dialogue")
     source[:] = [*refer[:6], other, *refer[6:]]
     prepare("drawn", tmp_path / "out", rows_per_shard=5)
-    found = [row["task"] for row in preparing.preview_rows(tmp_path / "out", "train", count)]
+    found = [row["task"] for row in preview_rows(tmp_path / "out", "train", count)]
     assert [found.count(task) for task in ("dialogue", "refer") if task in found] == expected
 
 
@@ -227,10 +228,10 @@ def test_rows_without_pictures(source, tmp_path):
     summary = prepare("drawn", tmp_path / "out", pictures="none")
     assert summary["rows"] == 20
     assert load_source("parquet", root=tmp_path / "out")[0]["image"] is None
-    (row,) = preparing.preview_rows(tmp_path / "out", "train", 1)
-    assert preparing.draw_row(row).width >= 400
+    (row,) = preview_rows(tmp_path / "out", "train", 1)
+    assert draw_row(row).width >= 400
     no_size = row | {"messages": row["messages"][:1], "boxes": [], "masks": [], "width": 0, "height": 0}
-    assert preparing.draw_row(no_size).width >= 400
+    assert draw_row(no_size).width >= 400
 
 
 @pytest.mark.slow
