@@ -31,7 +31,6 @@ PAIRS = [
     ("smollm", "clip"),
 ]
 FIELDS = ("logits", "pred_boxes", "pred_mask_logits", "pred_box_iou", "pred_mask_iou")
-FLOAT32_PARTS = ("box_encoder", "box_decoder", "mask_encoder", "mask_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +61,15 @@ def load(saved):
 
 
 def content(*items) -> list[dict]:
-    """Content items from strings, images, boxes and (box, mask) pairs."""
+    """Content items from strings, images, boxes, points and (box, mask) pairs."""
     kinds = []
     for item in items:
         if isinstance(item, str):
             kinds.append({"type": "text", "text": item})
         elif isinstance(item, Image.Image):
             kinds.append({"type": "image", "image": item})
+        elif isinstance(item, list) and len(item) == 2:
+            kinds.append({"type": "point", "point": item})
         elif isinstance(item, list):
             kinds.append({"type": "box", "box": item})
         else:
@@ -82,14 +83,14 @@ def image_of(seed: int) -> Image.Image:
 
 
 def conversations() -> list[list[dict]]:
-    """Three rows, questions and answers: a box and a region, two images, text alone."""
+    """Three rows, questions and answers: a box and a region, two images with a point, text alone."""
     mask = torch.zeros(24, 36, dtype=torch.bool)
     mask[4:15, 9:30] = True
     region = ([9, 4, 30, 15], mask.numpy())
     first, second, third = (image_of(seed) for seed in range(3))
     rows = [
         (content(first, "What is in ", [2, 3, 20, 21], " and ", region, "?"), content("The red cup ", region)),
-        (content(second, third, "Find the cat."), content([1, 5, 20, 22], [8, 2, 30, 12])),
+        (content(second, third, "Find the cat at ", [7, 9], "."), content([1, 5, 20, 22], [8, 2, 30, 12], [9, 4])),
         (content("Who is on the left of the table?"), content("There is no person.")),
     ]
     return [[{"role": "user", "content": user}, {"role": "assistant", "content": answer}] for user, answer in rows]
@@ -420,7 +421,7 @@ def test_device_map(load, text, vision):
 def test_bfloat16_keeps_signals_float32(load, text, vision):
     model, inputs = load(text, vision, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        in_signal = any(f".{part}." in name for part in FLOAT32_PARTS)
+        in_signal = any(f".{part}." in name for part in model.model.signal_modules())
         assert parameter.dtype == (torch.float32 if in_signal else torch.bfloat16), name
     output = forward(model, inputs)
     assert output.logits.dtype == torch.bfloat16 and output.loss.isfinite()
