@@ -280,7 +280,7 @@ def test_meta_device_and_missing_weights(load, saved, tmp_path, text, vision):
     # What is not on disk starts as a new model's parts do, though the model is built on the meta device.
     model.config.save_pretrained(tmp_path)
     tensors = load_file(f"{folder}/model.safetensors")
-    ours = r"model\.(box_|mask_|language_mixture|position_table|multi_modal_projector)"
+    ours = r"model\.(box_|mask_|point_|language_mixture|position_table|multi_modal_projector)"
     kept = {name: tensor for name, tensor in tensors.items() if not re.match(ours, name)}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, info = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -292,7 +292,9 @@ def test_meta_device_and_missing_weights(load, saved, tmp_path, text, vision):
         elif fresh[name].unique().numel() == 1:  # a constant, such as the zeros of a bias
             assert torch.equal(parameter, fresh[name]), name
         else:
-            assert parameter.std().item() == pytest.approx(fresh[name].std().item(), rel=0.35), name
+            # Six standard errors of the ratio of two sample deviations.
+            bound = 6 * parameter.numel() ** -0.5
+            assert parameter.std().item() == pytest.approx(fresh[name].std().item(), rel=bound), name
     assert loaded.model.position_table.gain.item() == 0.5
     for part in (loaded.model.language_mixture, loaded.model.mask_mixture):
         assert part.logits.tolist() == [0.0, 0.0]
