@@ -602,6 +602,10 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             )
         state.add_images(images_per_row, getattr(image_outputs, "mask_features", None), mask_pixel_values)
 
+        slots = prepare_slots(self.config, signals, device)
+        if not vis_mask.any():
+            state.begin(None, None, past_length)
+            return state, kwargs
         # A `<vis>` that the last call emitted and nothing has read yet takes the box that predicted it.
         waiting = torch.zeros_like(vis_mask[:, 0])
         if past_length and past_length == state.length:
@@ -609,7 +613,6 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         carried = vis_mask.clone()
         carried[:, 0] &= ~waiting
 
-        slots = prepare_slots(self.config, signals, device)
         prompt_embeds, prompt_replaced = None, torch.zeros_like(vis_mask)
         if slots is not None:
             values, read = ({name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read"))
@@ -729,13 +732,16 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         states = torch.stack(state.states)[positions, rows]
         probabilities = torch.stack(state.probabilities)[positions, rows]
 
-        reads_image = any(SIGNALS[name].reads_image for name in names)
-        image_features, image_index = self._image_features(
-            state, state.image_of_row.to(device)[rows], valid & reads_image
-        )
-        decoded = self.decode_signals(
-            states.flatten(0, 1), image_features.to(device), image_index.flatten(), names=names
-        )
+        if num_slots or several_processes():
+            reads_image = any(SIGNALS[name].reads_image for name in names)
+            image_of_slot = state.image_of_row.to(device)[rows]
+            image_features, image_index = self._image_features(state, image_of_slot, valid & reads_image)
+            decoded = self.decode_signals(
+                states.flatten(0, 1), image_features.to(device), image_index.flatten(), names=names
+            )
+        else:  # plain text: nothing to run the decoders for
+            nothing = {name: SIGNALS[name].pad(self.config, num_sequences, 0, device).float() for name in names}
+            decoded = {name: (values.flatten(0, 1), values.new_zeros(0)) for name, values in nothing.items()}
         fields = {}
         for name, parts in decoded.items():
             signal_values, predicted_iou = (part.unflatten(0, (num_sequences, num_slots)) for part in parts)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from PIL import Image
-from transformers import StaticCache
+from transformers import StaticCache, pipeline
 
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 from rows import IMAGE, VIS, batch_and_singles, tiny_model
@@ -221,6 +221,20 @@ def test_results_in_pixels(make_tiny_model):
         model.lm_head.weight[model.config.vis_token_id] = model.model(**inputs).last_hidden_state[0, -1] * 10
     results = processor.post_process_generation(model.ground(**inputs), target_sizes=[(20, 40)])
     assert results[0]["text"] == "" and len(results[0]["objects"]) == 1 and results[0]["masks"].shape == (1, 20, 40)
+
+
+def test_pipeline(tiny_model_dir, monkeypatch):
+    pipe = pipeline("perception", model=tiny_model_dir, trust_remote_code=True)
+    image, vis = Image.new("RGB", (40, 20), "red"), pipe.model.config.vis_token_id
+    free = pipe(image, "Find it.", max_new_tokens=3)
+    assert pipe(image, "Find it.", max_new_tokens=3, ground=True)["text"] == free["text"]
+    with torch.no_grad():
+        pipe.model.lm_head.weight.zero_()
+        pipe.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(pipe.model.lm_head.weight)))
+        pipe.model.lm_head.bias[vis] = 5
+    monkeypatch.setattr(pipe.model, "generate", None)
+    found = pipe([image, image], "Find it.", ground=True, batch_size=2, mask_format="rle")
+    assert [len(result["objects"]) for result in found] == [1, 1]
 
 
 def test_what_it_does_not_take(pointing):
