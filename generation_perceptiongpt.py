@@ -299,7 +299,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         mm_encoder_outputs = inputs.pop("mm_encoder_outputs", None)
         if inputs:
             raise ValueError(f"`ground` does not take {', '.join(f'`{name}`' for name in inputs)}.")
-        tokens = (ids if embeds is None else embeds).to(self.device)
+        device = self.device
+        tokens = (ids if embeds is None else embeds).to(device)
         if cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         if attention_mask is None:
@@ -308,15 +309,16 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 if embeds is None
                 else tokens.new_ones(tokens.shape[:2], dtype=torch.long)
             )
-        attention_mask = attention_mask.to(self.device)
-        if position_ids is None:
+        attention_mask = attention_mask.to(device)
+        padded = not bool((attention_mask == 1).all())
+        if position_ids is None and padded:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         if attention_mask.shape[1] == tokens.shape[1]:
             tokens = tokens[:, state.prompt_start :]
         model_inputs = {
             "input_ids" if embeds is None else "inputs_embeds": tokens,
-            "attention_mask": None if (attention_mask == 1).all() else attention_mask,
-            "position_ids": position_ids[..., -tokens.shape[1] :].to(self.device),
+            "attention_mask": attention_mask if padded else None,
+            "position_ids": None if position_ids is None else position_ids[..., -tokens.shape[1] :].to(device),
             "past_key_values": cache,
             "mm_encoder_outputs": mm_encoder_outputs,
             "signal_embeds": state.prompt_embeds,
@@ -724,7 +726,10 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         device = state.states[0].device
         is_vis = answers.to(device) == self.config.vis_token_id
         num_slots = int(is_vis.sum(1).max()) if length else 0
-        positions, valid = slot_positions(is_vis, num_slots)
+        if length == 1:
+            positions, valid = torch.zeros_like(is_vis[:, :num_slots], dtype=torch.long), is_vis[:, :num_slots]
+        else:
+            positions, valid = slot_positions(is_vis, num_slots)
         rows = torch.arange(num_sequences, device=device)[:, None].expand(-1, num_slots)
         beam_indices = getattr(output, "beam_indices", None)
         if beam_indices is not None:
