@@ -17,10 +17,10 @@ demo: install
 	.venv/bin/python demo.py --output outputs/demo
 
 test: install
-	.venv/bin/python -m pytest -m 'not slow'
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m 'not slow'
 
 test-slow: install
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m slow
 
 bench: install
 	.venv/bin/python benchmarks/speed.py

@@ -45,9 +45,7 @@ class JoiningMixin:
         text_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
         if tokenizer is None:
             tokenizer = cls._find_tokenizer(text)
-        model = cls._join(vision_tower, text_model.base_model, text_model.lm_head, tokenizer, config_kwargs)
-        model._init_added_rows(text_model.config.vocab_size)
-        return model
+        return cls._join(vision_tower, text_model.base_model, text_model.lm_head, tokenizer, config_kwargs)
 
     @classmethod
     def from_llava_pretrained(cls, llava: str, *, tokenizer=None, dtype=None, **config_kwargs):
@@ -77,9 +75,13 @@ class JoiningMixin:
         if tokenizer is None:
             tokenizer = cls._find_tokenizer(llava)
         joined = cls._join(
-            model.model.vision_tower, model.model.language_model, model.lm_head, tokenizer, config_kwargs
+            model.model.vision_tower,
+            model.model.language_model,
+            model.lm_head,
+            tokenizer,
+            config_kwargs,
+            trained_rows=(config.image_token_id,),
         )
-        joined._init_added_rows(config.text_config.vocab_size, first=config.text_config.vocab_size)
         joined.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
         return joined
 
@@ -93,7 +95,9 @@ class JoiningMixin:
             return None
 
     @classmethod
-    def _join(cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict):
+    def _join(
+        cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict, trained_rows: tuple[int, ...] = ()
+    ):
         """Builds the model around loaded backbones, gives the added tokens their rows and the signals their scale."""
         text_config, vocabulary = language_model.config, language_model.config.vocab_size
         if tokenizer is None:
@@ -119,16 +123,17 @@ class JoiningMixin:
         if max(ids) >= vocabulary:
             model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         model.tie_weights()
+        model._init_added_rows(vocabulary, trained_rows)
         return model
 
     @torch.no_grad()
-    def _init_added_rows(self, vocabulary: int, first: int = 0) -> None:
+    def _init_added_rows(self, vocabulary: int, trained_rows: tuple[int, ...]) -> None:
         """
-        Sets the rows of the added tokens with an id of at least `first`, in and out, to the mean of the `vocabulary`
-        rows that were loaded and a little noise, and the signals' scale to the length of the token embeddings.
+        Sets the rows of the added tokens, but for `trained_rows`, in and out, to the mean of the `vocabulary` rows that
+        were loaded and a little noise, and the signals' scale to the length of the token embeddings.
         """
         ids = [getattr(self.config, name) for name in TOKEN_ID_NAMES] + self.config.reserved_token_ids
-        new = [index for index in ids if index >= first]
+        new = [index for index in ids if index not in trained_rows]
         embeddings = self.get_input_embeddings()
         generator = torch.Generator().manual_seed(0)
         for weight in {id(weight): weight for weight in (embeddings.weight, self.lm_head.weight)}.values():

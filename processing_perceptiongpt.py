@@ -54,7 +54,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         image_processor (`LlavaImageProcessor`): with `do_pad=True`, without centre crop, resizing to a square.
         tokenizer (`PreTrainedTokenizerBase`): after `add_perception_tokens`.
         chat_template (`str`, *optional*): by default the tokenizer's own, else `CHAT_TEMPLATE`.
-        image_seq_length (`int`): number of `<image>` tokens per picture, `config.image_seq_length`.
+        image_seq_length (`int`): number of `<image>` tokens per image, `config.image_seq_length`.
         mask_size (`int`): side M of the masks that go in, `config.mask_config.size`.
         mask_image_size (`int`, *optional*): side in pixels of `mask_pixel_values`, `config.mask_image_size`.
         signals (`list[str]`, defaults to `["box", "mask"]`): the checkpoint's signals, `config.signals`.
@@ -425,7 +425,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             output (`ModelOutput`): `sequences` `(S, L)`, `object_valid`, `positions` `(S, K)`, `prompt_length`, and of
                 each signal values and scores: `boxes` `(S, K, 4)`, `mask_logits` `(S, K, h, w)`, `points` `(S, K, 2)`,
                 `object_scores`, `object_mask_scores`, `object_point_scores` `(S, K)`.
-            target_sizes (*optional*): per sequence the (height, width) of its original picture, or a list of them
+            target_sizes (*optional*): per sequence the (height, width) of its original image, or a list of them
                 where it has several: what the model emits belongs to the last. Without it boxes are xyxy in 0..1
                 of the padded square and masks are grids over that square.
             threshold (`float`): objects that score less are left out.

@@ -27,7 +27,7 @@ READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
 
 
 class PerceptionCollator:
-    """Collate rows of the schema (`data/schema.py`), or lists of rows that share a picture, into a batch.
+    """Collate rows of the schema (`data/schema.py`), or lists of rows that share a image, into a batch.
 
     Args:
         processor: a `PerceptionGPTProcessor`.
@@ -37,8 +37,8 @@ class PerceptionCollator:
         read_probabilities: how often an answer's `<vis>` is read as which signals, `{"box": 0.5, "box+point": 0.5}`;
             `both` is `box+mask`. Of the signals drawn those count that the `<vis>` has; where it has none of them, and
             in prompts, it is read as whatever it has.
-        pack: at most so many questions of one picture share a row behind their picture, under a block-diagonal mask:
-            consecutive rows of the same picture, or the lists that `group_rows_by_image` makes. None: no packing.
+        pack: at most so many questions of one image share a row behind their image, under a block-diagonal mask:
+            consecutive rows of the same image, or the lists that `group_rows_by_image` makes. None: no packing.
         max_length: a longer row is an error (cutting it would cut signals off).
         cache_rows: keep so many processed rows in memory. Draws are made anew each time.
 
@@ -83,17 +83,17 @@ class PerceptionCollator:
         self._epoch.fill_(epoch)
 
     def length(self, row: dict) -> tuple[int, int]:
-        """How many tokens a row will have, and how many of them come up to and with its last picture.
+        """How many tokens a row will have, and how many of them come up to and with its last image.
 
-        No picture is opened: each `<image>` stands for `image_seq_length` tokens.
+        No image is opened: each `<image>` stands for `image_seq_length` tokens.
         """
         tokenizer = self.processor.tokenizer
         text = self.processor.apply_chat_template(row_to_messages(row))
         starts = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not starts).input_ids
-        pictures = [index for index, token in enumerate(ids) if token == self.image_token_id]
-        more = len(pictures) * (self.processor.image_seq_length - 1)
-        return len(ids) + more, pictures[-1] + 1 + more if pictures else 0
+        images = [index for index, token in enumerate(ids) if token == self.image_token_id]
+        more = len(images) * (self.processor.image_seq_length - 1)
+        return len(ids) + more, images[-1] + 1 + more if images else 0
 
     def for_evaluation(self) -> "PerceptionCollator":
         """
@@ -160,8 +160,8 @@ class PerceptionCollator:
         """What does not change from epoch to epoch, kept for the last `cache_rows` rows."""
         if not self.cache_rows:
             return self._process_row(row)
-        pictures = [(image.size, zlib.crc32(image.tobytes())) for image in row_images(row)]
-        key = repr((pictures, row["messages"], [row.get(signal.plural) for signal in self.signals]))
+        images = [(image.size, zlib.crc32(image.tobytes())) for image in row_images(row)]
+        key = repr((images, row["messages"], [row.get(signal.plural) for signal in self.signals]))
         if key not in self._cache:
             self._cache[key] = self._process_row(row)
             if len(self._cache) > self.cache_rows:
@@ -198,8 +198,8 @@ class PerceptionCollator:
         groups = []
         for feature in features:
             rows = feature if isinstance(feature, list) else [feature]
-            key = picture_key(rows[0])
-            packs = groups and not isinstance(feature, list) and key is not None and key == picture_key(groups[-1][0])
+            key = image_key(rows[0])
+            packs = groups and not isinstance(feature, list) and key is not None and key == image_key(groups[-1][0])
             if packs and len(groups[-1]) < self.pack:
                 groups[-1].extend(rows)
             else:
@@ -207,16 +207,16 @@ class PerceptionCollator:
         return groups
 
     def _pack(self, rows: list[dict]) -> dict:
-        """Questions about one picture behind its tokens, which are there once; each sees the picture and itself."""
+        """Questions about one image behind its tokens, which are there once; each sees the image and itself."""
         encoded = [self._encode(row) for row in rows]
         ids = [row["input_ids"] for row in encoded]
         image_positions = (ids[0] == self.image_token_id).nonzero()
         prefix = int(image_positions[-1]) + 1 if len(image_positions) else 0
         for row, other in zip(encoded, ids, strict=True):
             if len(rows) > 1 and (prefix == 0 or not torch.equal(other[:prefix], ids[0][:prefix])):
-                raise ValueError(f"{row['name']}: does not begin with the same picture as {encoded[0]['name']}")
+                raise ValueError(f"{row['name']}: does not begin with the same image as {encoded[0]['name']}")
             if len(rows) > 1 and (row["labels"][: prefix + 1] != IGNORED_LABEL).any():
-                raise ValueError(f"{row['name']}: an answer directly behind the picture cannot be packed")
+                raise ValueError(f"{row['name']}: an answer directly behind the image cannot be packed")
         lengths = [len(other) - prefix for other in ids]
         length = prefix + sum(lengths)
         if self.window is not None and length > self.window:
@@ -264,13 +264,13 @@ class PerceptionCollator:
                 mask[i, : len(row["input_ids"]), : len(row["input_ids"])] = row["attention_mask"]
             batch["attention_mask"] = mask[:, None]
             batch["position_ids"] = _stack([row["position_ids"] for row in rows], length, 0)
-        pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
-        if pictures:
-            batch["pixel_values"] = torch.cat(pictures)
-        self._add_mask_pictures(rows, batch)
+        images = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        if images:
+            batch["pixel_values"] = torch.cat(images)
+        self._add_mask_images(rows, batch)
         return batch
 
-    def _add_mask_pictures(self, rows: list[dict], batch: dict) -> None:
+    def _add_mask_images(self, rows: list[dict], batch: dict) -> None:
         """Keep the finer pixels of those images only of which a mask is wanted."""
         rows = [row for row in rows if "mask_pixel_values" in row]
         if not rows:
@@ -327,8 +327,8 @@ def answer_slots(input_ids: torch.Tensor, labels: torch.Tensor, vis_token_id: in
     return supervised[:, :slots] > 0
 
 
-def picture_key(row: dict) -> tuple | None:
-    """What rows of the same picture have in common; None for a row that cannot be packed (several images)."""
+def image_key(row: dict) -> tuple | None:
+    """What rows of the same image have in common; None for a row that cannot be packed (several images)."""
     if isinstance(row.get("image"), (list, tuple)) or row.get("image_id") is None:
         return None
     return row.get("source"), row.get("split"), row["image_id"]
@@ -352,7 +352,7 @@ def packing_window(config) -> int | None:
 
 
 class GroupedRows(Dataset):
-    """Lists of rows of one picture; the picture is opened once per list. Made by `group_rows_by_image`."""
+    """Lists of rows of one image; the image is opened once per list. Made by `group_rows_by_image`."""
 
     def __init__(self, dataset, groups: list[list[int]]):
         self.dataset, self.groups = dataset, groups
@@ -368,7 +368,7 @@ class GroupedRows(Dataset):
 
 
 def group_rows_by_image(dataset, max_questions: int, seed: int = 0) -> GroupedRows:
-    """Group the rows of a data set (or list of rows) by picture, at most `max_questions` to a group.
+    """Group the rows of a data set (or list of rows) by image, at most `max_questions` to a group.
 
     Rows belong together if source, split and image_id agree. The grouping depends on `seed` alone.
     """
@@ -380,11 +380,11 @@ def group_rows_by_image(dataset, max_questions: int, seed: int = 0) -> GroupedRo
         several = isinstance(dataset.features["image"], List)
     else:
         keys, several = [tuple(row[name] for name in names) for row in dataset], False
-    pictures = defaultdict(list)
+    images = defaultdict(list)
     for index, key in enumerate(keys):
-        pictures[(index,) if several or key[-1] is None else key].append(index)
+        images[(index,) if several or key[-1] is None else key].append(index)
     groups = []
-    for key, indices in pictures.items():
+    for key, indices in images.items():
         order = stable_generator(seed, key).permutation(len(indices))
         indices = [indices[i] for i in order]
         groups.extend(indices[start : start + max_questions] for start in range(0, len(indices), max_questions))

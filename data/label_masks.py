@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskGeneration, ImageProcessingMixin
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.collator import picture_key
+from perceptiongpt.data.collator import image_key
 from perceptiongpt.data.prepare import (
     check_settings,
     end_with_parent,
@@ -171,7 +171,7 @@ def label_rows(
     `bar` counts the rows of the images that went through the model.
     """
     images_rows = []  # (rows of one image, its boxes without a mask, each once)
-    for _, group in groupby(enumerate(rows), lambda item: picture_key(item[1]) or item[0]):
+    for _, group in groupby(enumerate(rows), lambda item: image_key(item[1]) or item[0]):
         own = [row for _, row in group]
         wanted = {tuple(box): None for row in own for box in _boxes_without_mask(row) if box is not None}
         images_rows.append((own, list(wanted)))

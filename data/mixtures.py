@@ -28,7 +28,7 @@ from datasets import Dataset, interleave_datasets
 from pyarrow import compute, parquet
 from torch.utils.data import get_worker_info
 
-from perceptiongpt.data.collator import picture_key
+from perceptiongpt.data.collator import image_key
 from perceptiongpt.data.leakage import LeftOutImages, refcoco_family_eval_images
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.scenes.dataset import ScenesDataset
@@ -344,7 +344,7 @@ class Mixture(torch.utils.data.IterableDataset):
         if self.pack is not None:
             rows_of = defaultdict(list)
             for index, row in enumerate(rows):
-                rows_of[picture_key(row) or index].append(row)
+                rows_of[image_key(row) or index].append(row)
             items = [
                 found[start : start + self.pack]
                 for found in rows_of.values()

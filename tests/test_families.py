@@ -31,7 +31,6 @@ PAIRS = [
     ("smollm", "clip"),
 ]
 FIELDS = ("logits", "pred_boxes", "pred_mask_logits", "pred_box_iou", "pred_mask_iou")
-FLOAT32_PARTS = ("box_encoder", "box_decoder", "mask_encoder", "mask_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +61,15 @@ def load(saved):
 
 
 def content(*items) -> list[dict]:
-    """Content items from strings, images, boxes and (box, mask) pairs."""
+    """Content items from strings, images, boxes, points and (box, mask) pairs."""
     kinds = []
     for item in items:
         if isinstance(item, str):
             kinds.append({"type": "text", "text": item})
         elif isinstance(item, Image.Image):
             kinds.append({"type": "image", "image": item})
+        elif isinstance(item, list) and len(item) == 2:
+            kinds.append({"type": "point", "point": item})
         elif isinstance(item, list):
             kinds.append({"type": "box", "box": item})
         else:
@@ -82,14 +83,14 @@ def image_of(seed: int) -> Image.Image:
 
 
 def conversations() -> list[list[dict]]:
-    """Three rows, questions and answers: a box and a region, two images, text alone."""
+    """Three rows, questions and answers: a box and a region, two images with a point, text alone."""
     mask = torch.zeros(24, 36, dtype=torch.bool)
     mask[4:15, 9:30] = True
     region = ([9, 4, 30, 15], mask.numpy())
     first, second, third = (image_of(seed) for seed in range(3))
     rows = [
         (content(first, "What is in ", [2, 3, 20, 21], " and ", region, "?"), content("The red cup ", region)),
-        (content(second, third, "Find the cat."), content([1, 5, 20, 22], [8, 2, 30, 12])),
+        (content(second, third, "Find the cat at ", [7, 9], "."), content([1, 5, 20, 22], [8, 2, 30, 12], [9, 4])),
         (content("Who is on the left of the table?"), content("There is no person.")),
     ]
     return [[{"role": "user", "content": user}, {"role": "assistant", "content": answer}] for user, answer in rows]
@@ -279,7 +280,7 @@ def test_meta_device_and_missing_weights(load, saved, tmp_path, text, vision):
     # What is not on disk starts as a new model's parts do, though the model is built on the meta device.
     model.config.save_pretrained(tmp_path)
     tensors = load_file(f"{folder}/model.safetensors")
-    ours = r"model\.(box_|mask_|language_mixture|position_table|multi_modal_projector)"
+    ours = r"model\.(box_|mask_|point_|language_mixture|position_table|multi_modal_projector)"
     kept = {name: tensor for name, tensor in tensors.items() if not re.match(ours, name)}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, info = PerceptionGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -291,7 +292,9 @@ def test_meta_device_and_missing_weights(load, saved, tmp_path, text, vision):
         elif fresh[name].unique().numel() == 1:  # a constant, such as the zeros of a bias
             assert torch.equal(parameter, fresh[name]), name
         else:
-            assert parameter.std().item() == pytest.approx(fresh[name].std().item(), rel=0.35), name
+            # Six standard errors of the ratio of two sample deviations.
+            bound = 6 * parameter.numel() ** -0.5
+            assert parameter.std().item() == pytest.approx(fresh[name].std().item(), rel=bound), name
     assert loaded.model.position_table.gain.item() == 0.5
     for part in (loaded.model.language_mixture, loaded.model.mask_mixture):
         assert part.logits.tolist() == [0.0, 0.0]
@@ -420,7 +423,7 @@ def test_device_map(load, text, vision):
 def test_bfloat16_keeps_signals_float32(load, text, vision):
     model, inputs = load(text, vision, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        in_signal = any(f".{part}." in name for part in FLOAT32_PARTS)
+        in_signal = any(f".{part}." in name for part in model.model.signal_modules())
         assert parameter.dtype == (torch.float32 if in_signal else torch.bfloat16), name
     output = forward(model, inputs)
     assert output.logits.dtype == torch.bfloat16 and output.loss.isfinite()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
-from backbones import TINY_IMAGE_SIZE, save_tiny_llava, tiny_tokenizer
+from backbones import TINY_IMAGE_SIZE, TINY_SIGNALS, save_tiny_llava, tiny_tokenizer
 from drawn_rows import drawn_rows
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
@@ -183,3 +183,26 @@ def test_a_template_that_loses_something_is_replaced_with_a_warning(joined, name
     assert (
         PerceptionGPTProcessor(processor.image_processor, tokenizer, chat_template=template).chat_template == template
     )
+
+
+def test_rows_of_added_tokens_do_not_depend_on_the_seed(tiny_backbones):
+    """They start near the mean of the loaded rows, in and out; new rows of the resized matrices take no part in it."""
+    rows, loaded = [], AutoModelForCausalLM.from_pretrained(tiny_backbones().text)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = PerceptionGPTForConditionalGeneration.from_vision_text_pretrained(*tiny_backbones(), **TINY_SIGNALS)
+        rows.append([model.get_input_embeddings().weight, model.lm_head.weight])
+    known = loaded.config.vocab_size
+    for first, second, before in zip(*rows, (loaded.get_input_embeddings().weight, loaded.lm_head.weight), strict=True):
+        assert torch.equal(first, second) and len(first) > known
+        spread = (first[known:] - before.mean(0)).std()
+        assert spread < 0.2 * before.std()
+
+
+def test_new_rows_of_a_llava_start_near_the_mean(llava_folder, joined):
+    model, _ = joined
+    loaded = LlavaForConditionalGeneration.from_pretrained(llava_folder)
+    before, after = (part.get_input_embeddings().weight for part in (loaded, model))
+    image, vis = model.config.image_token_id, model.config.vis_token_id
+    assert torch.equal(after[: image + 1], before[: image + 1])  # the row of `<image>` was trained
+    assert (after[vis : vis + 11] - before.mean(0)).std() < 0.2 * before.std()

@@ -150,7 +150,7 @@ def test_resuming_with_dataloader_workers(folders, used):
     assert [names_of(batch) for batch in islice(loader(resumed), 4)] == expected[used:]
     with pytest.raises(ValueError, match="2 dataloader workers"):
         next(iter(resumed))
-    with pytest.raises(ValueError, match="left by 1 processes.*by 2"):
+    with pytest.raises(ValueError, match="saved by 1 processes.*by 2"):
         Mixture(parts_of(folders), processes=2).load_state_dict(cut.state_dict())
 
 
