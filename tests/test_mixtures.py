@@ -134,7 +134,7 @@ def test_seeking_reads_no_row_that_was_passed_over(folders, monkeypatch):
     assert len(next(iter(resumed))["rows"]) == len(read) == 4
 
 
-@pytest.mark.parametrize("used", [3, 4, 9])
+@pytest.mark.parametrize("used", [4, *(pytest.param(used, marks=pytest.mark.slow) for used in (3, 9))])
 def test_resuming_with_dataloader_workers(folders, used):
     def loader(mixture):
         return DataLoader(

@@ -54,6 +54,7 @@ def run_block(block: str, cwd: Path, scripts: Path) -> subprocess.CompletedProce
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", COMMANDS)
 def test_commands(clone, block):
     block = block.replace("\\\n", " ")
@@ -70,6 +71,7 @@ def test_python(clone):
     run_block("python readme.py", clone, Path(sys.executable).parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", INSTALL)
 def test_install(clone, tmp_path, block):
     """In a new environment that sees the installed dependencies, so that only the package itself is installed."""
