@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test test-slow lint
+.PHONY: install demo test test-slow lint bench
 
 install: .venv/.installed
 
@@ -21,6 +21,9 @@ test: install
 
 test-slow: install
 	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m slow
+
+bench: install
+	.venv/bin/python benchmarks/speed.py
 
 lint: install
 	.venv/bin/ruff check .

@@ -1,18 +1,29 @@
 """
 The closed loop: `<vis>` is emitted, its box decoded, encoded again, and read at the next step, on the library's own
 generation loop. Every step records one hidden state and one probability a row; boxes are returned, and masks decoded at
-all, once after the loop.
+all, once after the loop. [`PerceptionGPTGenerationMixin.ground`] does without the loop.
 """
 
+import copy
 import sys
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from .signals_perceptiongpt import SIGNALS, take_signal_inputs, with_signal_fields
-from .slots_perceptiongpt import align_slots, prepare_slots, slot_positions
+from .prefix_perceptiongpt import (
+    PrefixCache,
+    attention_from_padding,
+    lay_out,
+    require_left_padding,
+    select_rows,
+    shared_length,
+)
+from .signals_perceptiongpt import SIGNALS, refuse_signal, take_signal_inputs, with_signal_fields
+from .slots_perceptiongpt import align_slots, prepare_slots, several_processes, slot_positions
 
 
 @with_signal_fields(lambda signal: signal.result_names)
@@ -66,11 +77,15 @@ class SignalState:
             where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
         prompt_start (`int`): how many tokens the cache held before them.
         states, probabilities (`list`): of each step, `(rows, hidden)` and p(`<vis>`) of shape `(rows,)`.
+        pending_logits (`torch.Tensor` of shape `(rows, vocabulary)`): of the last step, while its p(`<vis>`) may turn
+            out not to be needed; `None` otherwise.
         step_embeds (`list`): boxes fed back, `(rows, hidden)` a step; only kept when decoding without a cache.
         last_state (`torch.Tensor` of shape `(rows, hidden)`): predicts the token that is read next; follows the beams.
         length (`int`): tokens in the cache when the last call ended.
         unfed_tokens (`torch.Tensor` of shape `(rows,)`): each row's last token, which no step has read yet.
         from_beams (`bool`): whether the last call was a beam search.
+        layout (`PromptLayout`): of prompts that share a prefix, `None` for others.
+        prefix (`PrefixCache`): while a call runs that got one.
     """
 
     def __init__(self, num_rows: int, device):
@@ -82,6 +97,8 @@ class SignalState:
         self.length = 0
         self.unfed_tokens = None
         self.from_beams = False
+        self.layout = None
+        self.prefix = None
         self.begin(None, None, 0)
 
     def begin(self, prompt_embeds, prompt_replaced, prompt_start: int) -> None:
@@ -90,6 +107,17 @@ class SignalState:
         self.prompt_replaced = prompt_replaced
         self.prompt_start = prompt_start
         self.states, self.probabilities, self.step_embeds = [], [], []
+        self.pending_logits = None
+
+    def select(self, rows: torch.Tensor) -> "SignalState":
+        """A state for a new call with some rows of this one, or with repeated ones. Images are not copied."""
+        state = copy.copy(self)
+        state.image_of_row = self.image_of_row[rows]
+        state.last_state = None if self.last_state is None else self.last_state[rows]
+        state.unfed_tokens = None if self.unfed_tokens is None else self.unfed_tokens[rows]
+        state.layout = None if self.layout is None else self.layout.select(rows)
+        state.begin(None, None, 0)
+        return state
 
     def add_images(self, images_per_row: torch.Tensor, mask_features, mask_pixel_values) -> None:
         """Appends the images of a new prompt, rows in order."""
@@ -107,13 +135,28 @@ class SignalState:
         if self.prompt_embeds is not None:
             self.prompt_embeds = self.prompt_embeds.repeat_interleave(expand_size, dim=0)
             self.prompt_replaced = self.prompt_replaced.repeat_interleave(expand_size, dim=0)
+        if self.layout is not None:
+            rows = torch.arange(len(self.layout.input_ids)).repeat_interleave(expand_size)
+            self.layout = self.layout.select(rows)
 
     def record(self, states: torch.Tensor, logits: torch.Tensor, vis_token_id: int) -> None:
         """Keeps the final-norm states `(rows, hidden)` and p(`<vis>`) under the raw logits `(rows, vocabulary)`."""
-        logits = logits.float()
         self.last_state = states
         self.states.append(states)
-        self.probabilities.append((logits[:, vis_token_id] - logits.logsumexp(-1)).exp())
+        self.pending_logits = logits
+        if not may_skip_feedback(states.device):
+            self.settle(vis_token_id)
+
+    def settle(self, vis_token_id: int, needed: bool = True) -> None:
+        """Turns the logits of the last step into p(`<vis>`), or into zeros where nobody will ask for it."""
+        if self.pending_logits is None:
+            return
+        logits = self.pending_logits.float()
+        if needed:
+            self.probabilities.append((logits[:, vis_token_id] - logits.logsumexp(-1)).exp())
+        else:
+            self.probabilities.append(logits.new_zeros(len(logits)))
+        self.pending_logits = None
 
     def reorder(self, beam_idx: torch.Tensor) -> None:
         self.last_state = self.last_state.index_select(0, beam_idx.to(self.last_state.device))
@@ -152,33 +195,320 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         To continue from the cache of an earlier call, pass its `past_key_values` and `sequences` (with text appended or
         not) and the images and signals of the new text only.
 
+        Args:
+            prefix (`PrefixCache`, *optional*):
+                From [`encode_prefix`]: what every row starts with and need not compute again. All else is passed as
+                without it, for whole rows; `pixel_values` and `mask_pixel_values` may be left out where all images are
+                in the prefix.
+            signals (`Iterable[str]`, *optional*):
+                The signals that an emitted `<vis>` is decoded to, by name; by default all of the checkpoint.
+
         Returns:
             What the library returns; with `return_dict_in_generate=True` the fields of [`SignalGenerateFields`] beside.
 
         Raises:
-            `ValueError`: for decoding modes that the loop cannot run in, a prompt `<vis>` that carries nothing, and a
-            cache that does not come from `generate`.
+            `ValueError`: for decoding modes that the loop cannot run in, a prompt `<vis>` that carries nothing, a
+            cache that does not come from `generate`, and rows that do not start with the prefix.
         """
-        self._refuse_modes(generation_config, kwargs)
+        prefix, names = kwargs.pop("prefix", None), self._signal_names(kwargs.pop("signals", None))
+        self._refuse_modes(generation_config, kwargs, prefix)
         register_entry_points(self)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             kwargs["input_ids"] = self._first_token(generation_config or self.generation_config, kwargs)
+        given = kwargs.get("input_ids")
+        kwargs = self._lay_out(kwargs, prefix)
         state, kwargs = self._begin_signals(kwargs)
         output = super().generate(generation_config=generation_config, signal_state=state, **kwargs)
+        state.settle(self.config.vis_token_id)
+        state.prefix = None
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             cache = kwargs.get("past_key_values")
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if kwargs.get("input_ids") is not given:  # prompts were laid out in another way
+            given = given.repeat_interleave(len(sequences) // len(given), dim=0).to(sequences.device)
+            sequences = torch.cat([given, sequences[:, kwargs["input_ids"].shape[1] :]], dim=1)
         if cache is not None:
             state.length = int(cache.get_seq_length())
             state.from_beams = getattr(output, "beam_indices", None) is not None
             state.unfed_tokens = sequences[:, -1]
         if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return self._add_objects(output, state, 0 if given is None else given.shape[1], names)
+
+    @torch.no_grad()
+    def ground(self, prefix=None, signals=None, max_new_tokens: int = 1, **inputs) -> PerceptionGPTGenerateOutput:
+        r"""
+        The first object of each answer, from one forward over the prompts: the state that ends a prompt already holds
+        the box, mask, point and score of a `<vis>` that follows. No token is decoded.
+
+        It decides as greedy decoding does, without the processors of the logits that a generation config may ask for. A
+        row whose likeliest token is not `<vis>` has no object, and that token instead. `generate` continues from the
+        returned `sequences` and `past_key_values`, to further objects of a row or to the end of its sentence.
+
+        Args:
+            prefix, signals (*optional*): as in [`generate`].
+            max_new_tokens (`int`, defaults to 1):
+                With more than one, rows that do not begin with an object are continued greedily, up to so many tokens.
+                Rows that do begin with one stay as they are.
+            inputs: the tensors of the processor, as in [`generate`]; also `past_key_values` of an earlier call.
+
+        Returns:
+            [`PerceptionGPTGenerateOutput`] with at most one object a row, or as many as the continued rows have.
+            `past_key_values` is `None` where rows were continued.
+
+        Raises:
+            `ValueError`: as in [`generate`].
+        """
+        names = self._signal_names(signals)
+        register_entry_points(self)
+        given, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if given is None and embeds is None:
+            raise ValueError("`ground` got no prompt: expected `input_ids` or `inputs_embeds`.")
+        inputs = self._lay_out(inputs, prefix)
+        state, inputs = self._begin_signals(inputs)
+        ids = inputs.get("input_ids") if embeds is None else None
+        model_inputs, attention_mask = self._prefill_inputs(inputs, state)
+        outputs = self(**model_inputs)
+        logits = outputs.logits[:, -1]
+        state.record(outputs.last_hidden_state[:, -1], logits, self.config.vis_token_id)
+        state.settle(self.config.vis_token_id)
+        cache, state.prefix = outputs.past_key_values, None
+        cache.signal_state = state
+        tokens = logits.float().argmax(-1)
+        state.length, state.from_beams, state.unfed_tokens = int(cache.get_seq_length()), False, tokens
+        prompts = tokens.new_zeros(len(tokens), 0) if given is None else given
+        sequences = torch.cat([prompts, tokens[:, None].to(prompts.device)], dim=1)
+        output = GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        output = self._add_objects(output, state, prompts.shape[1], names)
+        if max_new_tokens > 1:
+            output = self._continue_texts(output, ids, attention_mask, max_new_tokens, names)
+        return output
+
+    def _prefill_inputs(self, inputs: dict, state: SignalState) -> tuple[dict, torch.Tensor]:
+        """
+        What `forward` takes for the prompts that `_begin_signals` has seen, as `generate` would prepare it, and the
+        attention mask over all that is in the cache then.
+        """
+        ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+        attention_mask, position_ids = inputs.pop("attention_mask", None), inputs.pop("position_ids", None)
+        cache = inputs.pop("past_key_values", None)
+        mm_encoder_outputs = inputs.pop("mm_encoder_outputs", None)
+        if inputs:
+            raise ValueError(f"`ground` does not take {', '.join(f'`{name}`' for name in inputs)}.")
+        device = self.device
+        tokens = (ids if embeds is None else embeds).to(device)
+        if cache is None:
+            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        if attention_mask is None:
+            attention_mask = (
+                attention_from_padding(tokens, self.generation_config)
+                if embeds is None
+                else tokens.new_ones(tokens.shape[:2], dtype=torch.long)
+            )
+        attention_mask = attention_mask.to(device)
+        padded = not bool((attention_mask == 1).all())
+        if position_ids is None and padded:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+        if attention_mask.shape[1] == tokens.shape[1]:
+            tokens = tokens[:, state.prompt_start :]
+        model_inputs = {
+            "input_ids" if embeds is None else "inputs_embeds": tokens,
+            "attention_mask": attention_mask if padded else None,
+            "position_ids": None if position_ids is None else position_ids[..., -tokens.shape[1] :].to(device),
+            "past_key_values": cache,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "signal_embeds": state.prompt_embeds,
+            "signal_embeds_mask": None if state.prompt_embeds is None else state.prompt_replaced,
+            "use_cache": True,
+            "logits_to_keep": 1,
+            "return_dict": True,
+        }
+        return model_inputs, attention_mask
+
+    def _continue_texts(self, output, input_ids, attention_mask: torch.Tensor, max_new_tokens: int, names):
+        """
+        The output of `ground`, with the rows that do not begin with an object written to their end.
+
+        Args:
+            input_ids (*optional*): the prompts as they stand in the cache.
+            attention_mask (`torch.Tensor` of shape `(rows, n)`): over what is in the cache.
+        """
+        tokens, end = output.sequences[:, -1].to(attention_mask.device), self.generation_config.eos_token_id
+        ends = [] if end is None else end if isinstance(end, list) else [end]
+        ended = torch.isin(tokens, tokens.new_tensor([self.config.vis_token_id, *ends]))
+        rows = (~ended).nonzero().flatten()
+        if not len(rows):
             return output
-        prompt_length = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
-        return self._add_objects(output, state, prompt_length)
+        cache = select_rows(output.past_key_values, rows)
+        cache.signal_state = output.past_key_values.signal_state.select(rows)
+        cache.signal_state.layout = None
+        read = tokens[rows, None]
+        if input_ids is not None and input_ids.shape[1] == attention_mask.shape[1]:
+            read = torch.cat([input_ids.to(read.device)[rows], read], dim=1)
+        more = self.generate(
+            input_ids=read,
+            attention_mask=F.pad(attention_mask[rows], (0, 1), value=1),
+            past_key_values=cache,
+            signals=names,
+            max_new_tokens=max_new_tokens - 1,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+        )
+        pad, length = self.generation_config.pad_token_id, output.sequences.shape[1]
+        new = more.sequences[:, more.prompt_length :].to(output.sequences.device)
+        fields = dict(output) | {"past_key_values": None}
+        fields["sequences"] = F.pad(output.sequences, (0, new.shape[1]), value=[*ends, 0][0] if pad is None else pad)
+        fields["sequences"][rows.to(new.device), length:] = new
+        more.positions = torch.where(more.object_valid, more.positions - more.prompt_length + length, -1)
+        slots = max(output.object_valid.shape[1], more.object_valid.shape[1])
+        results = [name for signal in names for name in SIGNALS[signal].result_names]
+        for name in ("object_valid", "positions", *results):
+            short, continued = output[name], more[name]
+            merged = short.new_full((len(short), slots, *short.shape[2:]), -1 if name == "positions" else 0)
+            merged[:, : short.shape[1]] = short
+            merged[rows] = -1 if name == "positions" else 0
+            merged[rows, : continued.shape[1]] = continued
+            fields[name] = merged
+        return type(output)(**fields)
+
+    @torch.no_grad()
+    def encode_prefix(self, length: int | None = None, **inputs) -> PrefixCache:
+        r"""
+        Encodes what several prompts start with, their images above all, once.
+
+        ```python
+        inputs = processor.apply_chat_template(conversations, ...)  # any number of questions about one image
+        prefix = model.encode_prefix(**inputs)
+        output = model.ground(prefix=prefix, **inputs)  # or generate; as often as wanted, with other questions, too
+        ```
+
+        Args:
+            length (`int`, *optional*):
+                How many tokens the prefix has, padding not counted. By default it ends with the last `<image>` that
+                all rows share, so that any question about the images fits; without images, where rows begin to differ.
+            inputs: the tensors of the processor for one or more rows with the same images, padded on the left.
+
+        Raises:
+            `ValueError`: rows that do not share `length` tokens or their images, and a `<vis>` in the prefix of several
+            rows.
+        """
+        register_entry_points(self)
+        input_ids, attention_mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = attention_from_padding(input_ids, self.generation_config)
+        lengths = require_left_padding(attention_mask)
+        shared = shared_length(input_ids, lengths, self.config.vis_token_id)
+        ids = input_ids[:1, input_ids.shape[1] - int(lengths[0]) :][:, :shared]
+        is_image = ids[0] == self.config.image_token_id
+        if length is None:
+            length = int(is_image.nonzero()[-1]) + 1 if is_image.any() else shared
+        if not 0 < length <= shared:
+            raise ValueError(
+                f"The prefix would have {length} tokens; the rows start with {shared} that they share, up to their "
+                "first `<vis>` if there are several."
+            )
+        num_images = int(is_image[:length].sum()) // self.config.image_seq_length
+        images_per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
+        starts = images_per_row.cumsum(0) - images_per_row
+        for name in ("pixel_values", "mask_pixel_values"):
+            images = inputs.pop(name, None)
+            if images is None or not num_images:
+                continue
+            first = images[:num_images]
+            for row, start in enumerate(starts.tolist()):
+                if not torch.equal(images[start : start + num_images], first):
+                    raise ValueError(f"Row {row} has other images than row 0: a prefix is about the same images.")
+            inputs[name] = first
+        signals = take_signal_inputs(inputs)
+        if len(input_ids) == 1:
+            inputs |= signals
+        inputs.pop("signal_image_index", None)
+        inputs |= {"input_ids": ids[:, :length], "attention_mask": torch.ones_like(ids[:, :length])}
+        inputs["past_key_values"] = cache = PrefixCache(config=self.config.get_text_config(decoder=True))
+        state, inputs = self._begin_signals(inputs)
+        self(**self._prefill_inputs(inputs, state)[0])
+        state.begin(None, None, 0)
+        cache.input_ids, cache.signal_state = ids[:, :length].to(self.device), state
+        return cache
+
+    def _signal_names(self, names) -> list[str]:
+        """The signals to decode, in the order in which they run."""
+        for name in names or ():
+            refuse_signal(name, self.config.signals, "`signals`: ")
+        return [name for name in self.config.signals if names is None or name in names]
+
+    def _lay_out(self, inputs: dict, prefix: PrefixCache | None) -> dict:
+        """
+        Inputs whose prompts share a prefix as the cache has them: a cache that starts with the prefix, the padding
+        behind it, and the images and signals of what follows. Others are left as they are.
+        """
+        cache = inputs.get("past_key_values")
+        if prefix is not None:
+            if cache is not None:
+                raise ValueError("`prefix` and `past_key_values` were both given: a prefix starts a cache of its own.")
+            return self._lay_out_prompts(dict(inputs), prefix)
+        if getattr(cache, "input_ids", None) is not None:
+            raise ValueError("`past_key_values` is a prefix, which stays as it is: pass it as `prefix`.")
+        layout = getattr(getattr(cache, "signal_state", None), "layout", None)
+        ids = inputs.get("input_ids")
+        if layout is None or ids is None or cache.get_seq_length() == 0:
+            return inputs
+        # Continuing: the prompts of the call before stand in the cache as laid out then.
+        mask, length = inputs.get("attention_mask"), layout.length
+        if mask is None:
+            mask = attention_from_padding(ids, self.generation_config)
+        whole = mask.shape[1] == ids.shape[1]
+        inputs = {**inputs, "attention_mask": torch.cat([layout.attention_mask.to(mask), mask[:, length:]], dim=1)}
+        if whole:
+            inputs["input_ids"] = torch.cat([layout.input_ids.to(ids), ids[:, length:]], dim=1)
+        return inputs
+
+    def _lay_out_prompts(self, inputs: dict, prefix: PrefixCache) -> dict:
+        """Whole prompts that start with the prefix, as `_lay_out` returns them."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None or inputs.get("inputs_embeds") is not None:
+            raise ValueError("`prefix` needs `input_ids`: what a row starts with is read from them.")
+        ids = ids.to(self.device)
+        mask = attention_from_padding(ids, self.generation_config) if mask is None else mask.to(self.device)
+        pad = self.generation_config.pad_token_id
+        layout = lay_out(prefix.input_ids, ids, mask, 0 if pad is None else pad)
+        if any(prefix.is_sliding) and not layout.attention_mask.all():
+            raise ValueError(
+                "Rows of unlike lengths cannot share a prefix under sliding-window attention, which would count their "
+                "padding: pass rows of one length together."
+            )
+        known = int((prefix.input_ids == self.config.vis_token_id).sum())
+        for name, values in take_signal_inputs(inputs).items():
+            inputs[name] = None if values is None else values[:, known:]
+        per_image = self.config.image_seq_length
+        shared = int((prefix.input_ids == self.config.image_token_id).sum()) // per_image
+        images_per_row = (ids == self.config.image_token_id).sum(1) // per_image
+        has_more = bool((images_per_row > shared).any())
+        for name in ("pixel_values", "mask_pixel_values"):
+            images = inputs.pop(name, None)
+            if images is not None:
+                if len(images) != int(images_per_row.sum()):
+                    raise ValueError(
+                        f"`{name}` has {len(images)} images, the rows {int(images_per_row.sum())}: expected those of "
+                        "whole rows, the prefix included."
+                    )
+                new = torch.cat([torch.arange(count) >= shared for count in images_per_row.tolist()])
+                inputs[name] = images[new.to(images.device)] if has_more else None
+            elif has_more and name == "pixel_values" and inputs.get("mm_encoder_outputs") is None:
+                raise ValueError("Some rows have images after the prefix, but `pixel_values` is missing.")
+        rows = torch.zeros(len(ids), dtype=torch.long)
+        state = prefix.signal_state.select(rows)
+        state.layout, state.prefix = layout, prefix
+        cache = prefix.share(len(ids))
+        cache.signal_state = state
+        inputs |= {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "past_key_values": cache}
+        inputs.pop("position_ids", None)
+        return inputs
 
     def _first_token(self, generation_config, kwargs: dict) -> torch.Tensor:
         """What `generate` starts from without a prompt, as in the library."""
@@ -193,19 +523,28 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
 
-    def _refuse_modes(self, generation_config, kwargs) -> None:
-        """Refuses decoding modes in which a box would silently not be fed back."""
+    def _refuse_modes(self, generation_config, kwargs: dict, prefix) -> None:
+        """Refuses decoding modes in which a box would silently not be fed back, or a prefix not be shared."""
+
+        def setting(name: str, default=None):
+            for value in (kwargs.get(name), getattr(generation_config, name, None)):
+                if value is not None:
+                    return value
+            value = getattr(self.generation_config, name, None)
+            return default if value is None else value
+
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(CONTINUOUS_BATCHING_REFUSED)
-        settings = {key: value for key, value in kwargs.items() if key not in ("assistant_model", "streamer")}
-        config, _ = self._prepare_generation_config(generation_config, **settings)
-        mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        if mode == GenerationMode.ASSISTED_GENERATION:
+        if prefix is not None and (setting("cache_implementation") or not setting("use_cache", True)):
+            raise ValueError("`prefix` is the start of a dynamic cache: it needs `use_cache=True` and no other kind.")
+        num_beams = setting("num_beams", 1)
+        assisted = any(setting(name) for name in ASSISTED)
+        if assisted and num_beams == 1:
             raise ValueError(
                 "Assisted and prompt-lookup decoding are not supported: a candidate `<vis>` has no box to be read with "
                 "before the model itself has predicted it."
             )
-        if config.num_beams > 1 and not config.use_cache:
+        if num_beams > 1 and not setting("use_cache", True):
             raise ValueError(
                 "Beam search needs `use_cache=True`: the boxes fed back follow their beams through the reordering of "
                 "the cache."
@@ -265,6 +604,10 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             )
         state.add_images(images_per_row, getattr(image_outputs, "mask_features", None), mask_pixel_values)
 
+        slots = prepare_slots(self.config, signals, device)
+        if not vis_mask.any():
+            state.begin(None, None, past_length)
+            return state, kwargs
         # A `<vis>` that the last call emitted and nothing has read yet takes the box that predicted it.
         waiting = torch.zeros_like(vis_mask[:, 0])
         if past_length and past_length == state.length:
@@ -272,7 +615,6 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         carried = vis_mask.clone()
         carried[:, 0] &= ~waiting
 
-        slots = prepare_slots(self.config, signals, device)
         prompt_embeds, prompt_replaced = None, torch.zeros_like(vis_mask)
         if slots is not None:
             values, read = ({name: t.to(device) for name, t in slots[key].items()} for key in ("values", "read"))
@@ -303,7 +645,9 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         state = model_kwargs.get("signal_state")
         if state is not None and expand_size > 1:
-            if state.prompt_start:
+            if state.prefix is not None:
+                model_kwargs["past_key_values"] = state.prefix.share(len(state.image_of_row) * expand_size)
+            elif state.prompt_start:
                 raise ValueError(
                     "Continuing from a cache returns one sequence a row: repeat the rows and the cache first."
                 )
@@ -346,8 +690,14 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 model_inputs["signal_embeds"] = embeds[:, seen : seen + length]
                 model_inputs["signal_embeds_mask"] = signal_state.prompt_replaced[:, seen : seen + length]
             return model_inputs
-        feedback = self.feed_back(signal_state.last_state)[:, None]
         replaced = ids == vis_token_id
+        last_replaced = replaced[:, -1]
+        needed = not may_skip_feedback(ids.device) or bool(last_replaced.any())
+        signal_state.settle(vis_token_id, needed)
+        if not needed and past_key_values is not None and not past_key_values.is_compileable:
+            return model_inputs
+        state = signal_state.last_state
+        feedback = (self.feed_back(state) if needed else torch.zeros_like(state, dtype=torch.float32))[:, None]
         if past_key_values is None:
             signal_state.step_embeds.append(feedback)
             feedback = torch.cat(signal_state.step_embeds, dim=1)
@@ -369,14 +719,17 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         past_key_values.signal_state.reorder(beam_idx)
         return past_key_values
 
-    def _add_objects(self, output, state: SignalState, prompt_length: int):
-        """Decodes every emitted `<vis>` to its value of each signal, in one batch."""
+    def _add_objects(self, output, state: SignalState, prompt_length: int, names: list[str]):
+        """Decodes every emitted `<vis>` to its values of the signals `names`, in one batch."""
         answers = output.sequences[:, prompt_length:]
         num_sequences, length = answers.shape
         device = state.states[0].device
         is_vis = answers.to(device) == self.config.vis_token_id
         num_slots = int(is_vis.sum(1).max()) if length else 0
-        positions, valid = slot_positions(is_vis, num_slots)
+        if length == 1:
+            positions, valid = torch.zeros_like(is_vis[:, :num_slots], dtype=torch.long), is_vis[:, :num_slots]
+        else:
+            positions, valid = slot_positions(is_vis, num_slots)
         rows = torch.arange(num_sequences, device=device)[:, None].expand(-1, num_slots)
         beam_indices = getattr(output, "beam_indices", None)
         if beam_indices is not None:
@@ -384,8 +737,16 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         states = torch.stack(state.states)[positions, rows]
         probabilities = torch.stack(state.probabilities)[positions, rows]
 
-        image_features, image_index = self._image_features(state, state.image_of_row.to(device)[rows], valid)
-        decoded = self.decode_signals(states.flatten(0, 1), image_features.to(device), image_index.flatten())
+        if num_slots or several_processes():
+            reads_image = any(SIGNALS[name].reads_image for name in names)
+            image_of_slot = state.image_of_row.to(device)[rows]
+            image_features, image_index = self._image_features(state, image_of_slot, valid & reads_image)
+            decoded = self.decode_signals(
+                states.flatten(0, 1), image_features.to(device), image_index.flatten(), names=names
+            )
+        else:  # plain text: nothing to run the decoders for
+            nothing = {name: SIGNALS[name].pad(self.config, num_sequences, 0, device).float() for name in names}
+            decoded = {name: (values.flatten(0, 1), values.new_zeros(0)) for name, values in nothing.items()}
         fields = {}
         for name, parts in decoded.items():
             signal_values, predicted_iou = (part.unflatten(0, (num_sequences, num_slots)) for part in parts)
@@ -414,10 +775,20 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         return state.mask_features, image_of_slot
 
 
+# Settings with which the library turns greedy decoding and sampling into assisted decoding.
+ASSISTED = ("assistant_model", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 CONTINUOUS_BATCHING_REFUSED = (
     "Continuous batching is not supported: it schedules rows over a paged cache, which does not carry the boxes "
     "that are fed back."
 )
+
+
+def may_skip_feedback(device: torch.device) -> bool:
+    """
+    Whether the host may look if a row emitted a `<vis>` before it computes what only such a row needs: on an
+    accelerator it would have to wait for the device, and several processes have to run the same modules.
+    """
+    return device.type == "cpu" and not several_processes()
 
 
 def register_entry_points(model) -> None:

@@ -117,6 +117,7 @@ def answer(
     *,
     mask_format: str | None = "rle",
     threshold: float = 0.0,
+    ground: bool = False,
     **generate_kwargs,
 ) -> list[dict]:
     """Let the model answer a batch of conversations, greedily unless `generate_kwargs` say otherwise.
@@ -125,6 +126,8 @@ def answer(
         conversations: lists of messages as `apply_chat_template` takes them, without the answer.
         sizes: (height, width) of each conversation's image: boxes and masks are given in its pixels.
         mask_format, threshold: of `processor.post_process_generation`.
+        ground: the conversations ask for one object each: an answer that begins with an object ends with it, and is
+            read from the prompt without decoding. Other answers are written to their end.
         generate_kwargs: for `model.generate`, such as `max_new_tokens`.
 
     Returns:
@@ -134,17 +137,20 @@ def answer(
     Raises:
         RefusedError: the processor does not accept one of the conversations.
     """
-    output = model.generate(
-        **prepare_inputs(model, processor, conversations, add_generation_prompt=True),
-        **{"do_sample": False, **generate_kwargs},
-        return_dict_in_generate=True,
-    )
+    inputs = prepare_inputs(model, processor, conversations, add_generation_prompt=True)
+    if ground:
+        output = model.ground(**inputs, **generate_kwargs)
+    else:
+        output = model.generate(**inputs, **{"do_sample": False, **generate_kwargs}, return_dict_in_generate=True)
     results = processor.post_process_generation(
         output, target_sizes=sizes, threshold=threshold, mask_format=mask_format
     )
     ends = model.generation_config.eos_token_id
     ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
-    is_end = torch.isin(output.sequences[:, output.prompt_length :].cpu(), ends)
+    answers = output.sequences[:, output.prompt_length :].cpu()
+    is_end = torch.isin(answers, ends)
+    if ground:
+        is_end[:, 0] |= answers[:, 0] == processor.vis_token_id
     for result, end in zip(results, is_end, strict=True):
         finished = bool(end.any())
         result |= {"tokens": int(end.int().argmax()) + 1 if finished else len(end), "finished": finished}

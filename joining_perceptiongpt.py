@@ -80,7 +80,7 @@ class JoiningMixin:
             model.lm_head,
             tokenizer,
             config_kwargs,
-            trained_rows=(config.image_token_id,),
+            first_new_row=config.text_config.vocab_size,  # LLaVA's own rows stay, so its logits do
         )
         joined.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
         return joined
@@ -95,9 +95,7 @@ class JoiningMixin:
             return None
 
     @classmethod
-    def _join(
-        cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict, trained_rows: tuple[int, ...] = ()
-    ):
+    def _join(cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict, first_new_row: int = 0):
         """Builds the model around loaded backbones, gives the added tokens their rows and the signals their scale."""
         text_config, vocabulary = language_model.config, language_model.config.vocab_size
         if tokenizer is None:
@@ -123,17 +121,17 @@ class JoiningMixin:
         if max(ids) >= vocabulary:
             model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         model.tie_weights()
-        model._init_added_rows(vocabulary, trained_rows)
+        model._init_added_rows(vocabulary, first_new_row)
         return model
 
     @torch.no_grad()
-    def _init_added_rows(self, vocabulary: int, trained_rows: tuple[int, ...]) -> None:
+    def _init_added_rows(self, vocabulary: int, first_new_row: int) -> None:
         """
-        Sets the rows of the added tokens, but for `trained_rows`, in and out, to the mean of the `vocabulary` rows that
+        Sets the rows of the added tokens from `first_new_row` on, in and out, to the mean of the `vocabulary` rows that
         were loaded and a little noise, and the signals' scale to the length of the token embeddings.
         """
         ids = [getattr(self.config, name) for name in TOKEN_ID_NAMES] + self.config.reserved_token_ids
-        new = [index for index in ids if index not in trained_rows]
+        new = [index for index in ids if index >= first_new_row]
         embeddings = self.get_input_embeddings()
         generator = torch.Generator().manual_seed(0)
         for weight in {id(weight): weight for weight in (embeddings.weight, self.lm_head.weight)}.values():

@@ -3,6 +3,8 @@ PerceptionGPT (arXiv 2311.06612): a vision tower, a language model, and `<vis>`,
 signal (a box, a mask, a point) on the way in and whose predicting hidden state is decoded to them on the way out.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
@@ -304,8 +306,7 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("Expected at most one of `pixel_values` and `mm_encoder_outputs`.")
-        vis_mask = self.token_mask(input_ids, inputs_embeds, self.config.vis_token_id)
-        image_mask = self.token_mask(input_ids, inputs_embeds, self.config.image_token_id)
+        given_embeds = inputs_embeds
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -319,6 +320,7 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             if not isinstance(image_features, torch.Tensor):
                 image_features = torch.stack(list(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = self.token_mask(input_ids, given_embeds, self.config.image_token_id)
             torch_compilable_check(
                 image_mask.sum() == image_features.shape[0] * image_features.shape[1],
                 lambda: (
@@ -341,8 +343,9 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             blank = self.get_mask_features(inputs_embeds.new_zeros(1, 3, side, side))
             mask_features = blank.expand(images, -1, -1)
 
-        slots = prepare_slots(self.config, signals, vis_mask.device, run_every_module)
+        slots = prepare_slots(self.config, signals, inputs_embeds.device, run_every_module)
         if slots is not None:
+            vis_mask = self.token_mask(input_ids, given_embeds, self.config.vis_token_id)
             values = dict(slots["values"])
             for name in values:
                 noise = signals.get(self.signals[name].noise_name)
@@ -563,6 +566,11 @@ class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGeneratio
             **fields,
         )
 
+
+# `generate` asks for this signature at every step, and taking it apart again each time costs as much as a layer.
+PerceptionGPTForConditionalGeneration.forward.__signature__ = inspect.signature(
+    PerceptionGPTForConditionalGeneration.forward
+)
 
 PerceptionGPTModel.register_for_auto_class("AutoModel")
 PerceptionGPTForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

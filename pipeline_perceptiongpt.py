@@ -18,6 +18,10 @@ OUTPUT_NAMES = (
 )
 
 
+# Longest answer without an object, such as "There is no cup.", where neither config nor call sets one.
+GROUND_MAX_NEW_TOKENS = 128
+
+
 class PerceptionPipeline(Pipeline):
     """
     Asks a PerceptionGPT model about images.
@@ -47,7 +51,10 @@ class PerceptionPipeline(Pipeline):
             text (`str` or `list[str]`, *optional*): the question about the image, or one for each.
             batch_size, num_workers (`int`, *optional*): as in every pipeline.
             threshold, mask_format (*optional*): as in `post_process_generation`.
-            kwargs: for `generate`.
+            ground (`bool`, defaults to `False`):
+                The questions ask for one object each: it is read from the prompt by the model's `ground`, without a
+                token being decoded. An answer that does not begin with an object is written to its end.
+            kwargs: for `generate`, or `ground`, which takes `max_new_tokens` and `signals`.
 
         Returns:
             Per input the dict of `post_process_generation`, in pixels of the original image; a list of them with
@@ -67,8 +74,11 @@ class PerceptionPipeline(Pipeline):
 
     def _sanitize_parameters(self, generate_kwargs: dict | None = None, **kwargs):
         postprocess = {name: kwargs.pop(name) for name in ("threshold", "mask_format") if name in kwargs}
+        forward = {"ground": kwargs.pop("ground")} if "ground" in kwargs else {}
         generate_kwargs = {**(generate_kwargs or {}), **kwargs}
-        return {}, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, postprocess
+        if generate_kwargs:
+            forward["generate_kwargs"] = generate_kwargs
+        return {}, forward, postprocess
 
     def preprocess(self, inputs) -> dict:
         """One input as messages with its images loaded, and the (height, width) of each of them."""
@@ -88,7 +98,7 @@ class PerceptionPipeline(Pipeline):
             loaded.append({**message, "content": content})
         return {"messages": loaded, "sizes": sizes}
 
-    def _forward(self, model_inputs: list[dict], generate_kwargs: dict | None = None) -> dict:
+    def _forward(self, model_inputs: list[dict], generate_kwargs: dict | None = None, ground: bool = False) -> dict:
         inputs = self.processor.apply_chat_template(
             [row["messages"] for row in model_inputs],
             add_generation_prompt=True,
@@ -97,8 +107,12 @@ class PerceptionPipeline(Pipeline):
             return_tensors="pt",
             processor_kwargs={"padding_side": "left"},
         ).to(self.device, self.dtype)
-        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=True)
-        output = self.model.generate(**inputs, **generate_kwargs)
+        if ground:
+            length = self.model.generation_config.max_new_tokens or GROUND_MAX_NEW_TOKENS
+            output = self.model.ground(**inputs, **{"max_new_tokens": length, **(generate_kwargs or {})})
+        else:
+            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=True)
+            output = self.model.generate(**inputs, **generate_kwargs)
         answer = {name: output[name] for name in OUTPUT_NAMES if name in output}
         return {**answer, "sizes": [row["sizes"] or None for row in model_inputs]}
 

@@ -3,6 +3,7 @@
     python predict.py --model . --image photo.jpg holiday/ --text "Find every dog." --output outputs/dogs
     python predict.py --model . --image photo.jpg --text "What is in <region>?" --box 40,30,200,180 --output outputs/box
     python predict.py --model . --image photo.jpg --text "Segment <region>." --point 120,90 --output outputs/point
+    python predict.py --model . --image holiday/ --text "Find the red cup." --ground --output outputs/cup
 
 `OUTPUT/predictions.json` is a list with one entry per image, in order: `image`, `prompt`, `text` (the answer),
 `width`, `height`, `objects` (as `post_process_generation` gives them, masks as COCO RLE), `drawing` (the PNG beside it)
@@ -166,6 +167,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--ground", action="store_true",
+        help="the prompt asks for one object: read it from the prompt, without writing an answer token by token",
+    )  # fmt: skip
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parsed = parser.parse_args(arguments)
@@ -175,8 +180,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def answer_batch(model, processor, paths: list[Path], content: list[dict], max_new_tokens: int) -> list[tuple]:
-    """(image, result) of each path; (None, `{"error": why}`) for an image that cannot be read or used."""
+def answer_batch(model, processor, paths: list[Path], content: list[dict], **options) -> list[tuple]:
+    """(image, result) of each path; (None, `{"error": why}`) for an image that cannot be read or used.
+
+    Args:
+        options: of `inference.answer`.
+    """
     images, results = {}, {}
     for path in paths:
         try:
@@ -188,7 +197,7 @@ def answer_batch(model, processor, paths: list[Path], content: list[dict], max_n
             [{"role": "user", "content": [{"type": "image", "image": image}, *content]}] for image in images.values()
         ]
         sizes = [(image.height, image.width) for image in images.values()]
-        answers = answer_each(model, processor, messages, sizes, max_new_tokens=max_new_tokens)
+        answers = answer_each(model, processor, messages, sizes, **options)
         results |= dict(zip(images, answers, strict=True))
     return [(images.get(path), results[path]) for path in paths]
 
@@ -216,6 +225,7 @@ def predict(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
 
+    options = {"max_new_tokens": arguments.max_new_tokens, "ground": arguments.ground}
     errors, drawings = 0, iter(drawing_paths(images, arguments.output))
     with (
         (arguments.output / "predictions.json").open("wb") as file,
@@ -225,7 +235,7 @@ def predict(arguments: argparse.Namespace) -> int:
         file.flush()
         for start in range(0, len(images), arguments.batch_size):
             paths = images[start : start + arguments.batch_size]
-            answered = answer_batch(model, processor, paths, content, arguments.max_new_tokens)
+            answered = answer_batch(model, processor, paths, content, **options)
             for path, (image, result) in zip(paths, answered, strict=True):
                 drawing, entry = next(drawings), {"image": str(path), "prompt": arguments.text}
                 if error := result.get("error"):

@@ -57,6 +57,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="default: outputs/<benchmark>_<split>")
     parser.add_argument("--overwrite", action="store_true", help="delete the predictions in OUTPUT first")
     parser.add_argument("--teacher_forced", action="store_true", help="also measure along the reference answers")
+    parser.add_argument("--ground", action="store_true", help="answers to questions for one object end with it")
     parser.add_argument("--no_intervals", action="store_true", help="skip the intervals, and with them the resampling")
     parser.add_argument("--threshold", type=float, default=0.0, help="leave out objects that score less")
     parser.add_argument("--batch_size", type=int, default=8)

@@ -47,6 +47,8 @@ TASKS = (
 )
 POINT_TASKS = ("point", "point_all", "point_to_mask")
 DIRECT_TASKS = ("refer", "detect", "box_to_mask", "no_target", *POINT_TASKS)
+# Those that ask for one object, which may be absent.
+ONE_OBJECT_TASKS = ("refer", "box_to_mask", "point", "point_to_mask")
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow opens none that is larger
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from perceptiongpt import inference
-from perceptiongpt.data.schema import row_to_messages
+from perceptiongpt.data.schema import ONE_OBJECT_TASKS, row_to_messages
 from perceptiongpt.evaluation.predictions import read_entries
 from perceptiongpt.evaluation.samples import read_sample_image, signal_columns
 from perceptiongpt.signals_perceptiongpt import SIGNALS
@@ -29,12 +29,26 @@ def no_answer(error: str | None) -> dict:
     return {"text": None, "objects": [], "tokens": 0, "finished": True, "error": error}
 
 
-def answer(model, processor, samples: list[dict], images: list[Image.Image], max_new_tokens: int) -> list[dict]:
-    """The model's own greedy answers: {`text`, `objects`, `tokens`, `finished`, `error`} per sample."""
-    messages = [row_to_messages({**sample, "image": image}) for sample, image in zip(samples, images, strict=True)]
-    results = inference.answer(model, processor, messages, _sizes(samples), max_new_tokens=max_new_tokens)
+def answer(
+    model, processor, samples: list[dict], images: list[Image.Image], max_new_tokens: int, ground: bool = False
+) -> list[dict]:
+    """The model's own greedy answers: {`text`, `objects`, `tokens`, `finished`, `error`} per sample.
+
+    Args:
+        ground: answers to questions for one object end with it, as `ground` of `inference.answer` does.
+    """
+    answered = {}
+    for grounded in (True, False):
+        some = [index for index, one in enumerate(samples) if (ground and one["task"] in ONE_OBJECT_TASKS) == grounded]
+        if some:
+            messages = [row_to_messages({**samples[index], "image": images[index]}) for index in some]
+            sizes = _sizes([samples[index] for index in some])
+            results = inference.answer(
+                model, processor, messages, sizes, max_new_tokens=max_new_tokens, ground=grounded
+            )
+            answered |= dict(zip(some, results, strict=True))
     kept = ("text", "objects", "tokens", "finished")
-    return [{**{name: result[name] for name in kept}, "error": None} for result in results]
+    return [{**{name: answered[index][name] for name in kept}, "error": None} for index in range(len(samples))]
 
 
 @torch.no_grad()

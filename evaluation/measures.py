@@ -25,6 +25,7 @@ MASK_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of Prec@X
 GENERALIZED_THRESHOLDS = (0.7, 0.8, 0.9)  # of Pr@X
 BLEU_ORDERS = range(1, 5)
 HUMAN_ANSWERS = 10  # per question, in VQA v2
+FIRST_OBJECT = {"box_accuracy", "referring_iou"}  # look at the first object of an answer alone
 TEACHER_FORCED = {"box_accuracy", "referring_iou", "point_accuracy"}  # what a forced `<vis>` of the answer can tell
 
 

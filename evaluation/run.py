@@ -1,6 +1,7 @@
 """One run over a benchmark: samples, predictions, numbers, files."""
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,10 +13,11 @@ from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 
 from perceptiongpt.data.reading import Problems
+from perceptiongpt.data.schema import ONE_OBJECT_TASKS
 from perceptiongpt.evaluation import reporting
 from perceptiongpt.evaluation.answers import PREDICTIONS, answer, answer_teacher_forced, predict_all
 from perceptiongpt.evaluation.benchmarks import Benchmark, find_benchmark
-from perceptiongpt.evaluation.measures import MEASURES, TEACHER_FORCED, metrics_without_reference
+from perceptiongpt.evaluation.measures import FIRST_OBJECT, MEASURES, TEACHER_FORCED, metrics_without_reference
 from perceptiongpt.evaluation.predictions import given_predictions, references
 from perceptiongpt.evaluation.results import Scorer
 from perceptiongpt.evaluation.samples import complete_options, describe_samples, is_scenes_bench, read_samples
@@ -27,7 +29,7 @@ RUN_FILE = "run.json"
 # What has to be the same for two runs to have the same predictions.
 RUN_KEYS = (
     "model", "checkpoint_sha256", "revision", "benchmark", "split", "data", "images", "annotations", "seed", "prompt",
-    "max_new_tokens", "dtype",
+    "max_new_tokens", "dtype", "ground",
 )  # fmt: skip
 LONGEST_WAIT = timedelta(days=7)  # for the other processes: one may be done long before another
 PACKAGES = ("perceptiongpt", "torch", "transformers", "pycocotools")
@@ -53,6 +55,8 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
     if options.teacher_forced and not TEACHER_FORCED & set(benchmark.metrics):
         names = " or ".join(sorted(TEACHER_FORCED))
         raise InputError(f"--teacher_forced: needs a benchmark that is measured by {names}; {benchmark.name} is not")
+    if options.ground:
+        check_ground(benchmark)
     if options.model:
         check_name(options.model)
     complete_options(options, benchmark)
@@ -96,7 +100,7 @@ def validate(options: argparse.Namespace, command: str) -> dict | None:
         "images": len({sample["image_id"] for sample in samples}),
         "seed": options.seed,
         "prompt": run["prompt"],
-        "decoding": "free-running, greedy" if model is not None else "given predictions",
+        "decoding": describe_decoding(options),
         "resolution": {"compared at": "original image"},
         "threshold": {"score": options.threshold, "mask": "logit > 0"},
         "max_new_tokens": options.max_new_tokens,
@@ -149,13 +153,32 @@ def answer_passes(
         hit = MEASURES[headline].hit
         return some, predict_all(some, folder, options.batch_size, answer_some, state, grey, running, title, hit)
 
-    passes = {MAIN: run_pass(benchmark.name, output, answer, samples)}
+    own = functools.partial(answer, ground=True) if options.ground else answer
+    passes = {MAIN: run_pass(benchmark.name, output, own, samples)}
     if options.teacher_forced:
         with_target = [sample for sample in samples if references(sample)]
         passes[FORCED] = run_pass("teacher forced", output / FORCED, answer_teacher_forced, with_target)
     if is_scenes_bench(options.split):
-        passes[GREY] = run_pass("grey images", output / GREY, answer, samples, grey=True)
+        passes[GREY] = run_pass("grey images", output / GREY, own, samples, grey=True)
     return passes
+
+
+def check_ground(benchmark: Benchmark) -> None:
+    """`InputError` if `--ground` would change a number: if a metric looks at more than the first object."""
+    for name, tasks in benchmark.metrics.items():
+        asked = set(ONE_OBJECT_TASKS) & set(tasks or benchmark.tasks or ONE_OBJECT_TASKS)
+        if asked and name not in FIRST_OBJECT:
+            raise InputError(
+                f"--ground: answers would end with their first object, but {benchmark.name} measures "
+                f"{', '.join(sorted(asked))} with {name}, which counts all objects"
+            )
+
+
+def describe_decoding(options: argparse.Namespace) -> str:
+    """How the answers came about, for the summary."""
+    if options.predictions:
+        return "given predictions"
+    return "greedy, up to the first object where one is asked for" if options.ground else "free-running, greedy"
 
 
 def model_resolution(config) -> dict:
@@ -184,6 +207,7 @@ def describe_run(options: argparse.Namespace, benchmark: Benchmark, samples: lis
     """What decides the predictions: the values of `RUN_KEYS`."""
     names = ("model", "split", "data", "images", "annotations", "seed", "max_new_tokens", "dtype")
     run = {name: getattr(options, name) for name in names}
+    run["ground"] = options.ground or None  # as in runs that were begun before there was the option
     run |= {"benchmark": benchmark.name, "prompt": prompts_used(samples), "checkpoint_sha256": None, "revision": None}
     if options.predictions:
         return run | {"model": f"predictions in {options.predictions}"}

@@ -32,6 +32,24 @@ def test_answers_of_a_batch(tiny_model_dir):
     assert all(found["mask"] is None for result in sampled for found in result["objects"])
 
 
+def test_grounded_answers_are_the_free_ones_up_to_their_first_object(tiny_model_dir):
+    model, processor = inference.load(tiny_model_dir, "cpu", "float32")
+    messages, sizes = conversations(drawn_rows(2)[3::5])
+    inputs = inference.prepare_inputs(model, processor, messages, add_generation_prompt=True)
+    with torch.no_grad():  # the first question is answered with an object, again and again
+        state = model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+        direction = state[0] - state[1] * (state[0] @ state[1]) / (state[1] @ state[1])
+        model.lm_head.weight[processor.vis_token_id] = direction * 100
+    options = {"max_new_tokens": 4, "mask_format": None}
+    free = inference.answer(model, processor, messages, sizes, **options)
+    grounded = inference.answer(model, processor, messages, sizes, ground=True, **options)
+    assert (grounded[0]["tokens"], grounded[0]["finished"]) == (1, True) and len(grounded[0]["objects"]) == 1
+    assert grounded[0]["objects"][0]["box"] == pytest.approx(free[0]["objects"][0]["box"], abs=1e-3)
+    first = grounded[1]["objects"], grounded[1]["text"], grounded[1]["tokens"], grounded[1]["finished"]
+    assert first == (free[1]["objects"], free[1]["text"], free[1]["tokens"], free[1]["finished"])
+    assert free[1]["tokens"] > 1
+
+
 def test_the_length_of_an_answer_counts_its_end(tiny_model_dir, monkeypatch):
     model, processor = inference.load(tiny_model_dir, "cpu")
     messages, sizes = conversations(drawn_rows(1)[:2])

@@ -251,6 +251,19 @@ def test_arguments_that_cannot_work(tmp_path, capsys):
     assert not (tmp_path / "out/predictions.json").exists()
 
 
+def test_one_object_without_decoding(fake, tmp_path, monkeypatch):
+    fake.vis_token_id = 7
+
+    def ground(self, sizes, max_new_tokens):
+        assert max_new_tokens == 5
+        return ModelOutput(sequences=torch.full((len(sizes), 2), 7), prompt_length=1)
+
+    monkeypatch.setattr(FakeModel, "ground", ground, raising=False)
+    monkeypatch.setattr(FakeModel, "generate", None)
+    status, entries = run(tmp_path / "out", save_image(tmp_path / "a.jpg"), extra=("--ground", "--max_new_tokens", "5"))
+    assert status == 0 and len(entries[0]["objects"]) == 1
+
+
 def test_command_line_on_a_checkpoint(tiny_model_dir, tmp_path):
     images = [save_image(tmp_path / "a.jpg"), save_image(tmp_path / "b.jpg", (30, 70))]
     command = [sys.executable, str(Path(predict.__file__)), "--model", tiny_model_dir, "--image", *images]

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.utils.data import get_worker_info
 from transformers import configuration_utils
+from transformers.cache_utils import DynamicLayer
 from transformers.pipelines import pt_utils
 from transformers.utils import chat_template_utils, output_capturing
 
@@ -107,9 +108,17 @@ def adjusts_masks() -> bool:
     return adjusted["assistant_masks"] == [[0, 0, 0, 1]] and "offset_mapping" not in adjusted
 
 
-def prepares_a_generation_config() -> bool:
-    config, rest = shared_model()._prepare_generation_config(None, num_beams=3, unknown=1)
-    return config.num_beams == 3 and rest == {"unknown": 1} and config.get_generation_mode(None) == "beam_search"
+def layers_hold_keys_and_values() -> bool:
+    cache = shared_model().generate(**prompt(), max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    grown = [layer.keys for layer in cache.layers]
+    cache.update(*[torch.ones_like(grown[0][:, :, :1])] * 2, layer_idx=0)
+    is_new = cache.layers[0].keys is not grown[0]  # nothing is written into tensors that caches share
+    return is_new and all(type(layer) is DynamicLayer for layer in cache.layers) and cache.is_sliding == [False, False]
+
+
+def reads_signatures() -> bool:
+    source = inspect.getsource(transformers.GenerationMixin.prepare_inputs_for_generation)
+    return "inspect.signature(self.forward)" in source and hasattr(type(shared_model()).forward, "__signature__")
 
 
 def prepares_the_cache() -> bool:
@@ -259,13 +268,6 @@ CANARIES = [
     ),
     Canary(
         GENERATION,
-        "_prepare_generation_config",
-        "decoding modes that cannot feed boxes back are not refused",
-        prepares_a_generation_config,
-        ("generation_config", "kwargs"),
-    ),
-    Canary(
-        GENERATION,
         "_prepare_cache_for_generation",
         "generate does not feed boxes back",
         prepares_the_cache,
@@ -335,6 +337,8 @@ CANARIES = [
         "losses with gradient accumulation",
         lambda: "self.model_accepts_loss_kwargs" in inspect.getsource(TRAINER.compute_loss),
     ),
+    Canary(DynamicLayer, "update", "prefixes are copied or written to", layers_hold_keys_and_values),
+    Canary(None, "forward.__signature__", "nothing: a step of generate takes longer", reads_signatures),
     Canary(transformers.Cache, "reorder_cache", "generate", caches_take_attributes, ("beam_idx",)),
     Canary(
         output_capturing, "maybe_install_capturing_hooks", "torch.compile(model, fullgraph=True)", hooks_are_installed

@@ -134,6 +134,21 @@ def test_batches_and_an_interrupted_run_give_the_same_numbers(
     assert run(*model, "--output", tmp_path / "eight", "--max_new_tokens", 3, "--overwrite")["max_new_tokens"] == 3
 
 
+def test_grounded_answers_give_the_same_numbers(mini, eager_model_dir, tmp_path, no_sheets, capsys):
+    """One forward per batch where one object is asked for; not where a metric counts all of them."""
+    model = ["--model", eager_model_dir, "--device", "cpu"]
+    free = run(*model, *mini, "--output", tmp_path / "free")
+    grounded = run(*model, *mini, "--output", tmp_path / "grounded", "--ground")
+    assert grounded["decoding"].startswith("greedy, up to the first object")
+    assert_same_numbers(free, grounded)
+    assert free["metrics"]["referring_iou"]["miou"] > 0
+    assert grounded["speed"]["tokens_per_answer"] < free["speed"]["tokens_per_answer"]
+    assert validate.main([*model, *mini, "--output", str(tmp_path / "free"), "--ground"]) == 2
+    assert "ground None, now True" in capsys.readouterr().err
+    assert validate.main([*model, "--benchmark", "scenes_point", "--output", str(tmp_path / "all"), "--ground"]) == 2
+    assert "measures point with point_accuracy, which counts all objects" in capsys.readouterr().err
+
+
 def test_a_run_says_how_it_came_about(mini, eager_model_dir, tmp_path):
     summary = run("--model", eager_model_dir, *mini, "--output", tmp_path, "--teacher_forced", "--device", "cpu")
     expected = (
