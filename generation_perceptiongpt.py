@@ -1,165 +1,25 @@
 """
 The closed loop: `<vis>` is emitted, its box decoded, encoded again, and read at the next step, on the library's own
 generation loop. Every step records one hidden state and one probability a row; boxes are returned, and masks decoded at
-all, once after the loop. [`PerceptionGPTGenerationMixin.ground`] does without the loop.
+all, once after the loop. [`GroundingMixin.ground`] does without the loop.
 """
 
-import copy
 import sys
-from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from .generation_state_perceptiongpt import SignalState, may_skip_feedback
+from .outputs_perceptiongpt import PerceptionGPTGenerateBeamOutput, PerceptionGPTGenerateOutput
 from .prefix_perceptiongpt import (
     PrefixCache,
     attention_from_padding,
     lay_out,
     require_left_padding,
-    select_rows,
     shared_length,
 )
-from .signals_perceptiongpt import SIGNALS, refuse_signal, take_signal_inputs, with_signal_fields
+from .signals_perceptiongpt import SIGNALS, refuse_signal, take_signal_inputs
 from .slots_perceptiongpt import align_slots, prepare_slots, several_processes, slot_positions
-
-
-@with_signal_fields(lambda signal: signal.result_names)
-@dataclass
-class SignalGenerateFields:
-    r"""
-    What `generate` adds to the library's output. S = sequences, K = most `<vis>` emitted by one of them.
-
-    Args:
-        boxes (`torch.Tensor` of shape `(S, K, 4)`): float32 xyxy in 0..1 of the padded square.
-        mask_logits (`torch.Tensor` of shape `(S, K, M, M)`): on the padded square.
-        points (`torch.Tensor` of shape `(S, K, 2)`): float32 xy in 0..1 of the padded square.
-        object_scores, object_mask_scores, object_point_scores (`torch.Tensor` of shape `(S, K)`):
-            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask, or the predicted
-            score of its point.
-        object_valid (`torch.Tensor` of shape `(S, K)`): bool, whether the sequence has a k-th `<vis>`.
-        positions (`torch.Tensor` of shape `(S, K)`): index into `sequences`, -1 where there is none.
-        prompt_length (`int`): where the answers start in `sequences`.
-    """
-
-    boxes: torch.FloatTensor | None = None
-    mask_logits: torch.FloatTensor | None = None
-    points: torch.FloatTensor | None = None
-    object_scores: torch.FloatTensor | None = None
-    object_mask_scores: torch.FloatTensor | None = None
-    object_point_scores: torch.FloatTensor | None = None
-    object_valid: torch.BoolTensor | None = None
-    positions: torch.LongTensor | None = None
-    prompt_length: int | None = None
-
-
-@dataclass
-class PerceptionGPTGenerateOutput(SignalGenerateFields, GenerateDecoderOnlyOutput):
-    pass
-
-
-@dataclass
-class PerceptionGPTGenerateBeamOutput(SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
-    pass
-
-
-class SignalState:
-    """
-    What the loop remembers. It is an attribute of the cache in use, so that a second call of `generate` finds it there.
-
-    Attributes:
-        mask_features (`torch.Tensor` of shape `(images, cells, width)` or `None`): what masks are decoded from.
-        mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
-        image_of_row (`torch.Tensor` of shape `(rows,)`): the last image of each row, -1 for none.
-        prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
-            where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
-        prompt_start (`int`): how many tokens the cache held before them.
-        states, probabilities (`list`): of each step, `(rows, hidden)` and p(`<vis>`) of shape `(rows,)`.
-        pending_logits (`torch.Tensor` of shape `(rows, vocabulary)`): of the last step, while its p(`<vis>`) may turn
-            out not to be needed; `None` otherwise.
-        step_embeds (`list`): boxes fed back, `(rows, hidden)` a step; only kept when decoding without a cache.
-        last_state (`torch.Tensor` of shape `(rows, hidden)`): predicts the token that is read next; follows the beams.
-        length (`int`): tokens in the cache when the last call ended.
-        unfed_tokens (`torch.Tensor` of shape `(rows,)`): each row's last token, which no step has read yet.
-        from_beams (`bool`): whether the last call was a beam search.
-        layout (`PromptLayout`): of prompts that share a prefix, `None` for others.
-        prefix (`PrefixCache`): while a call runs that got one.
-    """
-
-    def __init__(self, num_rows: int, device):
-        self.mask_features = None
-        self.mask_pixel_values = None
-        self.image_of_row = torch.full((num_rows,), -1, dtype=torch.long, device=device)
-        self.num_images = 0
-        self.last_state = None
-        self.length = 0
-        self.unfed_tokens = None
-        self.from_beams = False
-        self.layout = None
-        self.prefix = None
-        self.begin(None, None, 0)
-
-    def begin(self, prompt_embeds, prompt_replaced, prompt_start: int) -> None:
-        """Starts a call of `generate`."""
-        self.prompt_embeds = prompt_embeds
-        self.prompt_replaced = prompt_replaced
-        self.prompt_start = prompt_start
-        self.states, self.probabilities, self.step_embeds = [], [], []
-        self.pending_logits = None
-
-    def select(self, rows: torch.Tensor) -> "SignalState":
-        """A state for a new call with some rows of this one, or with repeated ones. Images are not copied."""
-        state = copy.copy(self)
-        state.image_of_row = self.image_of_row[rows]
-        state.last_state = None if self.last_state is None else self.last_state[rows]
-        state.unfed_tokens = None if self.unfed_tokens is None else self.unfed_tokens[rows]
-        state.layout = None if self.layout is None else self.layout.select(rows)
-        state.begin(None, None, 0)
-        return state
-
-    def add_images(self, images_per_row: torch.Tensor, mask_features, mask_pixel_values) -> None:
-        """Appends the images of a new prompt, rows in order."""
-        last = self.num_images + images_per_row.cumsum(0) - 1
-        self.image_of_row = torch.where(images_per_row > 0, last, self.image_of_row)
-        self.num_images += int(images_per_row.sum())
-        for name, new in (("mask_features", mask_features), ("mask_pixel_values", mask_pixel_values)):
-            old = getattr(self, name)
-            if new is not None:
-                setattr(self, name, new if old is None else torch.cat([old, new]))
-
-    def expand(self, expand_size: int) -> None:
-        """Repeats every row, as the library does for beams and returned sequences. Images are not copied."""
-        self.image_of_row = self.image_of_row.repeat_interleave(expand_size, dim=0)
-        if self.prompt_embeds is not None:
-            self.prompt_embeds = self.prompt_embeds.repeat_interleave(expand_size, dim=0)
-            self.prompt_replaced = self.prompt_replaced.repeat_interleave(expand_size, dim=0)
-        if self.layout is not None:
-            rows = torch.arange(len(self.layout.input_ids)).repeat_interleave(expand_size)
-            self.layout = self.layout.select(rows)
-
-    def record(self, states: torch.Tensor, logits: torch.Tensor, vis_token_id: int) -> None:
-        """Keeps the final-norm states `(rows, hidden)` and p(`<vis>`) under the raw logits `(rows, vocabulary)`."""
-        self.last_state = states
-        self.states.append(states)
-        self.pending_logits = logits
-        if not may_skip_feedback(states.device):
-            self.settle(vis_token_id)
-
-    def settle(self, vis_token_id: int, needed: bool = True) -> None:
-        """Turns the logits of the last step into p(`<vis>`), or into zeros where nobody will ask for it."""
-        if self.pending_logits is None:
-            return
-        logits = self.pending_logits.float()
-        if needed:
-            self.probabilities.append((logits[:, vis_token_id] - logits.logsumexp(-1)).exp())
-        else:
-            self.probabilities.append(logits.new_zeros(len(logits)))
-        self.pending_logits = None
-
-    def reorder(self, beam_idx: torch.Tensor) -> None:
-        self.last_state = self.last_state.index_select(0, beam_idx.to(self.last_state.device))
 
 
 class PerceptionGPTGenerationMixin(GenerationMixin):
@@ -238,143 +98,6 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return self._add_objects(output, state, 0 if given is None else given.shape[1], names)
-
-    @torch.no_grad()
-    def ground(self, prefix=None, signals=None, max_new_tokens: int = 1, **inputs) -> PerceptionGPTGenerateOutput:
-        r"""
-        The first object of each answer, from one forward over the prompts: the state that ends a prompt already holds
-        the box, mask, point and score of a `<vis>` that follows. No token is decoded.
-
-        It decides as greedy decoding does, without the processors of the logits that a generation config may ask for. A
-        row whose likeliest token is not `<vis>` has no object, and that token instead. `generate` continues from the
-        returned `sequences` and `past_key_values`, to further objects of a row or to the end of its sentence.
-
-        Args:
-            prefix, signals (*optional*): as in [`generate`].
-            max_new_tokens (`int`, defaults to 1):
-                With more than one, rows that do not begin with an object are continued greedily, up to so many tokens.
-                Rows that do begin with one stay as they are.
-            inputs: the tensors of the processor, as in [`generate`]; also `past_key_values` of an earlier call.
-
-        Returns:
-            [`PerceptionGPTGenerateOutput`] with at most one object a row, or as many as the continued rows have.
-            `past_key_values` is `None` where rows were continued.
-
-        Raises:
-            `ValueError`: as in [`generate`].
-        """
-        names = self._signal_names(signals)
-        register_entry_points(self)
-        given, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if given is None and embeds is None:
-            raise ValueError("`ground` got no prompt: expected `input_ids` or `inputs_embeds`.")
-        inputs = self._lay_out(inputs, prefix)
-        state, inputs = self._begin_signals(inputs)
-        ids = inputs.get("input_ids") if embeds is None else None
-        model_inputs, attention_mask = self._prefill_inputs(inputs, state)
-        outputs = self(**model_inputs)
-        logits = outputs.logits[:, -1]
-        state.record(outputs.last_hidden_state[:, -1], logits, self.config.vis_token_id)
-        state.settle(self.config.vis_token_id)
-        cache, state.prefix = outputs.past_key_values, None
-        cache.signal_state = state
-        tokens = logits.float().argmax(-1)
-        state.length, state.from_beams, state.unfed_tokens = int(cache.get_seq_length()), False, tokens
-        prompts = tokens.new_zeros(len(tokens), 0) if given is None else given
-        sequences = torch.cat([prompts, tokens[:, None].to(prompts.device)], dim=1)
-        output = GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
-        output = self._add_objects(output, state, prompts.shape[1], names)
-        if max_new_tokens > 1:
-            output = self._continue_texts(output, ids, attention_mask, max_new_tokens, names)
-        return output
-
-    def _prefill_inputs(self, inputs: dict, state: SignalState) -> tuple[dict, torch.Tensor]:
-        """
-        What `forward` takes for the prompts that `_begin_signals` has seen, as `generate` would prepare it, and the
-        attention mask over all that is in the cache then.
-        """
-        ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
-        attention_mask, position_ids = inputs.pop("attention_mask", None), inputs.pop("position_ids", None)
-        cache = inputs.pop("past_key_values", None)
-        mm_encoder_outputs = inputs.pop("mm_encoder_outputs", None)
-        if inputs:
-            raise ValueError(f"`ground` does not take {', '.join(f'`{name}`' for name in inputs)}.")
-        device = self.device
-        tokens = (ids if embeds is None else embeds).to(device)
-        if cache is None:
-            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        if attention_mask is None:
-            attention_mask = (
-                attention_from_padding(tokens, self.generation_config)
-                if embeds is None
-                else tokens.new_ones(tokens.shape[:2], dtype=torch.long)
-            )
-        attention_mask = attention_mask.to(device)
-        padded = not bool((attention_mask == 1).all())
-        if position_ids is None and padded:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
-        if attention_mask.shape[1] == tokens.shape[1]:
-            tokens = tokens[:, state.prompt_start :]
-        model_inputs = {
-            "input_ids" if embeds is None else "inputs_embeds": tokens,
-            "attention_mask": attention_mask if padded else None,
-            "position_ids": None if position_ids is None else position_ids[..., -tokens.shape[1] :].to(device),
-            "past_key_values": cache,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "signal_embeds": state.prompt_embeds,
-            "signal_embeds_mask": None if state.prompt_embeds is None else state.prompt_replaced,
-            "use_cache": True,
-            "logits_to_keep": 1,
-            "return_dict": True,
-        }
-        return model_inputs, attention_mask
-
-    def _continue_texts(self, output, input_ids, attention_mask: torch.Tensor, max_new_tokens: int, names):
-        """
-        The output of `ground`, with the rows that do not begin with an object written to their end.
-
-        Args:
-            input_ids (*optional*): the prompts as they stand in the cache.
-            attention_mask (`torch.Tensor` of shape `(rows, n)`): over what is in the cache.
-        """
-        tokens, end = output.sequences[:, -1].to(attention_mask.device), self.generation_config.eos_token_id
-        ends = [] if end is None else end if isinstance(end, list) else [end]
-        ended = torch.isin(tokens, tokens.new_tensor([self.config.vis_token_id, *ends]))
-        rows = (~ended).nonzero().flatten()
-        if not len(rows):
-            return output
-        cache = select_rows(output.past_key_values, rows)
-        cache.signal_state = output.past_key_values.signal_state.select(rows)
-        cache.signal_state.layout = None
-        read = tokens[rows, None]
-        if input_ids is not None and input_ids.shape[1] == attention_mask.shape[1]:
-            read = torch.cat([input_ids.to(read.device)[rows], read], dim=1)
-        more = self.generate(
-            input_ids=read,
-            attention_mask=F.pad(attention_mask[rows], (0, 1), value=1),
-            past_key_values=cache,
-            signals=names,
-            max_new_tokens=max_new_tokens - 1,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-        )
-        pad, length = self.generation_config.pad_token_id, output.sequences.shape[1]
-        new = more.sequences[:, more.prompt_length :].to(output.sequences.device)
-        fields = dict(output) | {"past_key_values": None}
-        fields["sequences"] = F.pad(output.sequences, (0, new.shape[1]), value=[*ends, 0][0] if pad is None else pad)
-        fields["sequences"][rows.to(new.device), length:] = new
-        more.positions = torch.where(more.object_valid, more.positions - more.prompt_length + length, -1)
-        slots = max(output.object_valid.shape[1], more.object_valid.shape[1])
-        results = [name for signal in names for name in SIGNALS[signal].result_names]
-        for name in ("object_valid", "positions", *results):
-            short, continued = output[name], more[name]
-            merged = short.new_full((len(short), slots, *short.shape[2:]), -1 if name == "positions" else 0)
-            merged[:, : short.shape[1]] = short
-            merged[rows] = -1 if name == "positions" else 0
-            merged[rows, : continued.shape[1]] = continued
-            fields[name] = merged
-        return type(output)(**fields)
 
     @torch.no_grad()
     def encode_prefix(self, length: int | None = None, **inputs) -> PrefixCache:
@@ -781,14 +504,6 @@ CONTINUOUS_BATCHING_REFUSED = (
     "Continuous batching is not supported: it schedules rows over a paged cache, which does not carry the boxes "
     "that are fed back."
 )
-
-
-def may_skip_feedback(device: torch.device) -> bool:
-    """
-    Whether the host may look if a row emitted a `<vis>` before it computes what only such a row needs: on an
-    accelerator it would have to wait for the device, and several processes have to run the same modules.
-    """
-    return device.type == "cpu" and not several_processes()
 
 
 def register_entry_points(model) -> None:

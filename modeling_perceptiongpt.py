@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
 from .encoding_perceptiongpt import SignalModulesMixin
 from .generation_perceptiongpt import PerceptionGPTGenerationMixin
+from .grounding_perceptiongpt import GroundingMixin
 from .joining_perceptiongpt import JoiningMixin
 from .losses_perceptiongpt import signal_losses
 from .outputs_perceptiongpt import (
@@ -381,7 +382,9 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
         )
 
 
-class PerceptionGPTForConditionalGeneration(JoiningMixin, PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel):
+class PerceptionGPTForConditionalGeneration(
+    JoiningMixin, GroundingMixin, PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel
+):
     """
     PerceptionGPT with its language modelling head: reads images, text and signals; writes text and signals.
 

@@ -1,9 +1,10 @@
-"""What `forward` returns."""
+"""What `forward` and `generate` return."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
 from .signals_perceptiongpt import with_signal_fields
@@ -76,3 +77,42 @@ class PerceptionGPTOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+
+
+@with_signal_fields(lambda signal: signal.result_names)
+@dataclass
+class SignalGenerateFields:
+    r"""
+    What `generate` adds to the library's output. S = sequences, K = most `<vis>` emitted by one of them.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(S, K, 4)`): float32 xyxy in 0..1 of the padded square.
+        mask_logits (`torch.Tensor` of shape `(S, K, M, M)`): on the padded square.
+        points (`torch.Tensor` of shape `(S, K, 2)`): float32 xy in 0..1 of the padded square.
+        object_scores, object_mask_scores, object_point_scores (`torch.Tensor` of shape `(S, K)`):
+            Probability of the `<vis>` under the raw logits times the predicted IoU of its box or mask, or the predicted
+            score of its point.
+        object_valid (`torch.Tensor` of shape `(S, K)`): bool, whether the sequence has a k-th `<vis>`.
+        positions (`torch.Tensor` of shape `(S, K)`): index into `sequences`, -1 where there is none.
+        prompt_length (`int`): where the answers start in `sequences`.
+    """
+
+    boxes: torch.FloatTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+    points: torch.FloatTensor | None = None
+    object_scores: torch.FloatTensor | None = None
+    object_mask_scores: torch.FloatTensor | None = None
+    object_point_scores: torch.FloatTensor | None = None
+    object_valid: torch.BoolTensor | None = None
+    positions: torch.LongTensor | None = None
+    prompt_length: int | None = None
+
+
+@dataclass
+class PerceptionGPTGenerateOutput(SignalGenerateFields, GenerateDecoderOnlyOutput):
+    pass
+
+
+@dataclass
+class PerceptionGPTGenerateBeamOutput(SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
+    pass
