@@ -60,6 +60,24 @@ def _sum_over_cells(values: np.ndarray, cells: int, side: int, offset: int) -> n
     return np.diff(up_to[whole] + (edges - whole)[:, None] * values[whole], axis=0)
 
 
+def mask_coverage(mask: np.ndarray, size: int) -> np.ndarray:
+    """
+    How much of each cell of a grid over the padded square a mask covers.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): bool.
+        size (`int`): side M of the grid.
+
+    Returns:
+        `np.ndarray` of shape `(M, M)`, float64 in 0..1.
+    """
+    height, width = mask.shape
+    side, top, left = letterbox(height, width)
+    # By running sums: in the workers of a data loader, products of small matrices wait for numpy's threads.
+    lit = _sum_over_cells(_sum_over_cells(mask, size, side, top).T, size, side, left).T
+    return lit * (size / side) ** 2
+
+
 def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:
     """
     Resamples a mask to a grid over the padded square: a cell is lit where the mask covers at least half of it.
@@ -71,11 +89,7 @@ def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(M, M)`, uint8. The best covered cell of a mask that is not empty is always lit.
     """
-    height, width = mask.shape
-    side, top, left = letterbox(height, width)
-    # By running sums: in the workers of a data loader, products of small matrices wait for numpy's threads.
-    lit = _sum_over_cells(_sum_over_cells(mask, size, side, top).T, size, side, left).T
-    coverage = lit * (size / side) ** 2
+    coverage = mask_coverage(mask, size)
     # A little below, so that cells which are covered alike, or by exactly a half, do not depend on rounding.
     threshold = min(0.5, float(coverage.max())) * 0.9998
     return ((coverage >= threshold) & (coverage > 0)).astype(np.uint8)

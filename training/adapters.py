@@ -8,6 +8,7 @@ update smaller than 1/256 of a weight is lost.
 
 import copy
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from transformers import BitsAndBytesConfig, set_seed
 
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
+from perceptiongpt.training.language_model import save_language_model
 from perceptiongpt.training.recipe import LORA_TARGETS
 
 
@@ -55,15 +57,24 @@ def load_model(recipe: dict, quantized: bool | None = None):
         processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"], **signals)
     else:
         if settings["llava"] is not None:
-            backbones = (settings["llava"], settings["llava"])
             model = model_class.from_llava_pretrained(settings["llava"], dtype=dtype, **signals)
+            processor = PerceptionGPTProcessor.from_backbones(settings["llava"], settings["llava"], model.config)
         else:
-            backbones = (settings["vision"], settings["text"])
-            model = model_class.from_vision_text_pretrained(*backbones, dtype=dtype, **settings["config"], **signals)
-        processor = PerceptionGPTProcessor.from_backbones(*backbones, model.config)
+            config = {**settings["config"], **signals}
+            model, processor = join_backbones(settings["vision"], settings["text"], dtype, config)
         model.set_attn_implementation(dict.fromkeys(("vision_config", "text_config"), settings["attn_implementation"]))
     set_loss_weights(model.config, recipe["loss"])
     return model, processor
+
+
+def join_backbones(vision: str, text: str | dict, dtype: torch.dtype, config: dict):
+    """A new model over two backbones, and its processor; `text` may be the arguments of a fresh language model."""
+    if isinstance(text, dict):
+        with tempfile.TemporaryDirectory() as folder:
+            save_language_model(folder, **text)
+            return join_backbones(vision, folder, dtype, config)
+    model = PerceptionGPTForConditionalGeneration.from_vision_text_pretrained(vision, text, dtype=dtype, **config)
+    return model, PerceptionGPTProcessor.from_backbones(vision, text, model.config)
 
 
 def model_dtype(recipe: dict) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 
 from perceptiongpt.data.mixtures import MIXTURE_DEFAULTS, PART_KEYS, PREPARE_KEYS
 from perceptiongpt.data.sources import COMMON_ARGUMENTS, SOURCES, source_arguments
+from perceptiongpt.training.language_model import save_language_model
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -19,6 +21,7 @@ RECIPE_SOURCES = (*SOURCES, "parquet")  # the last: a folder that data.prepare h
 
 DEFAULTS = {
     # One of: `checkpoint` (a PerceptionGPT folder or id), `vision` and `text` (backbones), `llava` (a LLaVA id).
+    # `text` may be the arguments of `language_model.save_language_model` instead: a fresh language model.
     # `config`: sizes, for new joins only. `signals`: those of the model, by default all for new joins and a
     # checkpoint's own; [box, mask, point] gives a checkpoint of boxes and masks points as well. `dtype`: of the weights
     # that do not train, and of the computation; weights that train are float32. `attn_implementation`: as in
@@ -64,7 +67,7 @@ FREE_SECTIONS = {"loss"}  # their keys are checked against the model
 MODEL_ORIGINS = ("checkpoint", "vision", "text", "llava", "config")
 
 # The kinds of stages and the modules that run them (see `training/stages.py`); train.py itself runs `joint`.
-KINDS = {"joint": None}
+KINDS = {"joint": None, "dense": "perceptiongpt.training.dense"}
 STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
@@ -272,6 +275,10 @@ def check_model(recipe: dict) -> None:
     ways = [model["checkpoint"] is not None, model["llava"] is not None, bool(model["vision"] and model["text"])]
     if sum(ways) != 1 or (model["vision"] is None) != (model["text"] is None):
         raise ValueError("the recipe's model needs either checkpoint, or llava, or vision together with text")
+    if isinstance(model["text"], dict):
+        known = [f"model.text.{key}" for key in inspect.signature(save_language_model).parameters if key != "output"]
+        for key in model["text"]:
+            check_key(f"model.text.{key}", known)
     if model["config"] and not ways[2]:
         raise ValueError("model.config is for joining vision and text; a checkpoint's sizes are fixed")
     if mode == "qlora" and not ways[0]:
