@@ -447,6 +447,15 @@ def test_every_trained_parameter_of_a_pyramid_gets_a_gradient(make_tiny_model, f
     assert any("conv_1x1" in name for name in frozen) == (family == "mobilenet_v2")
 
 
+def test_a_tower_over_bfloat16_weights_trains_as_a_whole(tiny_model_dir):
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    training.add_adapter(model, "full", train_vision_tower=True).train()
+    batch = PerceptionCollator(PerceptionGPTProcessor.from_pretrained(tiny_model_dir))(drawn_rows(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch).loss.backward()
+    assert {p.dtype for p in model.model.vision_tower.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_what_trains_is_float32(tiny_model_dir, coco_folder, tmp_path, capsys, mode):
     """Over bfloat16 weights, and computed in bfloat16: updates below a bfloat16's resolution are kept."""

@@ -136,6 +136,8 @@ def add_adapter(
         for name, parameter in model.named_parameters():
             in_tower = name.startswith("model.vision_tower.")
             parameter.requires_grad_(not in_tower or (train_vision_tower and name not in unreached))
+        if train_vision_tower:
+            model.model.vision_tower.float()  # parts that no loss reaches read the float32 states of those that train
     else:
         model = add_peft_adapter(model, mode, rank, alpha, dropout, target_modules)
     for parameter in model.parameters():
