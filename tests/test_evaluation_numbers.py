@@ -404,6 +404,7 @@ def test_rounding_is_no_difference():
     assert (row["difference"], row["interval"], row["p"]) == (0, [0, 0], 1)
 
 
+@pytest.mark.slow
 def test_ap_is_compared_on_the_same_images():
     samples, entries = detection_set(2)
     results = []

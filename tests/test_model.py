@@ -621,6 +621,7 @@ def unlike_worker(kinds: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("text", "boxes masks points"), ("image", "boxes")], ids=str)
 def test_two_processes_run_every_part(kinds):
     """Processes whose batches differ in kind would wait for each other."""

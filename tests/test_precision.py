@@ -179,6 +179,7 @@ def in_bfloat16(kind: str, folder: str):
 KINDS = ["loaded", "cast", "autocast", "loaded, autocast", "cast, autocast"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_model_predicts_many_places(random_folder, kind):
     model = in_bfloat16(kind, random_folder)

@@ -140,6 +140,7 @@ def test_generate_grounds_in_the_image(pyramid):
     assert not torch.allclose(blank.mask_logits, output.mask_logits)
 
 
+@pytest.mark.slow
 def test_remote_code_reloads_them_all(make_tiny_model, tmp_path):
     from perceptiongpt import PerceptionGPTForConditionalGeneration
 

@@ -75,6 +75,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.slow
 def test_stages_run_one_after_the_other_and_resume_anywhere(tiny_model_dir, coco_folder, tmp_path, shifting_kind):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(make_recipe(coco_folder, tiny_model_dir, STAGES)))
