@@ -278,7 +278,7 @@ def test_rows_are_packed_by_picture(tiny, rows):
     assert collator(rows[4:6])["input_ids"].shape[0] == 2  # two pictures
     assert collator([rows[:5]])["input_ids"].shape[0] == 1  # a list is packed as it is
     system = [{"role": "system", "content": "Look well."}, *rows[1]["messages"]]
-    with pytest.raises(ValueError, match="same picture"):
+    with pytest.raises(ValueError, match="same image"):
         collator([[rows[0], {**rows[1], "messages": system}]])
 
 
