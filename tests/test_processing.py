@@ -5,8 +5,6 @@ import io
 import json
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -692,30 +690,6 @@ def test_a_saved_processor_comes_back(saved, image, mask):
     assert dict(image_processor.size) == dict(processor.image_processor.size) and image_processor.do_pad
     # the name without its back end: where torchvision is installed, the library picks that one
     assert '"image_processor_type": "LlavaImageProcessor"' in (folder / "processor_config.json").read_text()
-
-
-def test_the_saved_folder_stands_alone(saved, image):
-    """Loaded as remote code where the package cannot be imported, and saved again from there."""
-    processor, folder = saved
-    image.save(folder / "picture.png")
-    script = (
-        "import sys; sys.modules['perceptiongpt'] = None\n"
-        "import torch; from transformers import AutoProcessor\n"
-        f"processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
-        f"again = {str(folder / 'again')!r}; processor.save_pretrained(again)\n"
-        "processor = AutoProcessor.from_pretrained(again, trust_remote_code=True)\n"
-        f"content = [dict(type='image', path={str(folder / 'picture.png')!r}), dict(type='box', box={BOX})]\n"
-        "batch = processor.apply_chat_template([dict(role='user', content=content)], tokenize=True,"
-        " return_dict=True, return_tensors='pt')\n"
-        f"torch.save(dict(batch), {str(folder / 'batch.pt')!r})\n"
-    )
-    auto_map = json.loads((folder / "processor_config.json").read_text())["auto_map"]
-    assert auto_map == {"AutoProcessor": "processing_perceptiongpt.PerceptionGPTProcessor"}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
-    remote = torch.load(folder / "batch.pt")
-    local = encode(processor, [user(picture(image), box_item())])
-    assert remote.keys() == local.keys() and all(torch.equal(remote[name], local[name]) for name in remote)
-    assert (folder / "again" / "pipeline_perceptiongpt.py").is_file()
 
 
 # Out
