@@ -5,6 +5,7 @@ from torch import nn
 
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS
+from .slots_perceptiongpt import several_processes
 
 
 class SignalModulesMixin:
@@ -53,10 +54,29 @@ class SignalModulesMixin:
         # Outside autocast: bfloat16 coordinates would fall into bins.
         with torch.autocast(next(iter(values.values())).device.type, enabled=False):
             for name, value in values.items():
-                embeddings = self.signals[name].encode(self, value.flatten(0, 1)).unflatten(0, value.shape[:2])
+                chosen = self.chosen_slots(name, read[name])
+                if chosen is None:
+                    embeddings = self.signals[name].encode(self, value.flatten(0, 1))
+                else:
+                    width = self.config.text_config.hidden_size
+                    embeddings = torch.zeros(read[name].numel(), width, device=value.device)
+                    if len(chosen):
+                        encoded = self.signals[name].encode(self, value.flatten(0, 1)[chosen])
+                        embeddings = embeddings.index_copy(0, chosen, encoded)
+                embeddings = embeddings.unflatten(0, value.shape[:2])
                 weight = read[name][..., None].to(embeddings)
                 total, count = total + weight * embeddings, count + weight
             return total / count.clamp(min=1)
+
+    def chosen_slots(self, name: str, needed: torch.Tensor) -> torch.Tensor | None:
+        """
+        The slots of a costly signal that a training step runs for: indices into the flat `needed` `(batch_size, K)`,
+        `None` for all. At least one where several processes must agree; all in a compiled graph, of fixed shapes.
+        """
+        if not self.training or not self.signals[name].is_costly or torch.compiler.is_compiling():
+            return None
+        chosen = needed.flatten().nonzero()[:, 0]
+        return chosen.new_zeros(1) if several_processes() and not len(chosen) else chosen
 
     def decode_signals(
         self,
@@ -65,6 +85,7 @@ class SignalModulesMixin:
         image_index: torch.Tensor,
         names=None,
         every_signal: bool = False,
+        chosen: dict | None = None,
     ) -> dict:
         """
         Decodes final-norm hidden states, each the one that predicts a `<vis>`.
@@ -75,6 +96,8 @@ class SignalModulesMixin:
             image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
             names (`Iterable[str]`, *optional*): the signals to decode; by default all.
             every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
+            chosen (`dict[str, torch.Tensor]`, *optional*): by signal name indices of the states that count; by default
+                all do.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
@@ -84,7 +107,11 @@ class SignalModulesMixin:
         with torch.autocast(states.device.type, enabled=False):
             for name, signal in self.signals.items():
                 if names is None or name in names:
-                    decoded[name] = signal.decode(self, states, image_features, image_index)
+                    index = (chosen or {}).get(name)
+                    if index is None:
+                        decoded[name] = signal.decode(self, states, image_features, image_index)
+                    else:
+                        decoded[name] = signal.decode(self, states[index], image_features, image_index[index])
                 elif every_signal:
                     decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
         return decoded

@@ -6,7 +6,13 @@ from .signals_perceptiongpt import SIGNALS
 
 
 def signal_losses(
-    config, decoded: dict, slots: dict, supervised: torch.Tensor, counts: dict, share: torch.Tensor | float
+    config,
+    decoded: dict,
+    slots: dict,
+    supervised: torch.Tensor,
+    counts: dict,
+    share: torch.Tensor | float,
+    chosen: dict | None = None,
 ) -> tuple[dict, torch.Tensor]:
     """
     The losses of all signals and of their predicted qualities.
@@ -20,6 +26,8 @@ def signal_losses(
         counts (`dict`): numbers of supervised values by `Signal.count_name`; those of this batch where one is missing.
         share (`float` or `torch.Tensor`):
             How large a part of its optimizer step this batch is; scales the losses of signals whose count is missing.
+        chosen (`dict[str, torch.Tensor]`, *optional*):
+            Of signals that were not decoded for all slots, the indices of those that they were decoded for.
 
     Returns:
         the loss of each signal by `Signal.loss_name`, and the loss of all qualities.
@@ -30,6 +38,8 @@ def signal_losses(
         targets = slots["values"][name].flatten(0, 1).to(predictions.device)
         # Of a signal that is not given nothing is valid: its losses are 0 whatever was decoded.
         wanted = (supervised & slots["valid"][name].to(supervised.device)).flatten()
+        if (chosen or {}).get(name) is not None:
+            targets, wanted = targets[chosen[name]], wanted[chosen[name]]
         value_loss, quality_loss = signal.loss(config, predictions, quality, targets)
         count = counts.get(signal.count_name)
         if count is None:

@@ -522,7 +522,7 @@ class PerceptionGPTForConditionalGeneration(
         kept_states = hidden_states[:, kept]
         logits = self.lm_head(kept_states)
 
-        fields, decoded, supervised = {}, {}, None
+        fields, decoded, supervised, chosen = {}, {}, None, {}
         slots = prepare_slots(self.config, signals, hidden_states.device, run_every_module)
         if slots is not None:
             vis_mask = self.model.token_mask(input_ids, inputs_embeds, self.config.vis_token_id)
@@ -543,18 +543,27 @@ class PerceptionGPTForConditionalGeneration(
             if image_features is None:
                 image_features = states.new_zeros(0, self.config.mask_cells, self.config.feature_size)
                 image_index = torch.full_like(image_index, -1)
+            if labels is not None:
+                wanted = {name: supervised & slots["valid"][name].to(supervised.device) for name in names}
+                chosen = {name: self.model.chosen_slots(name, needed) for name, needed in wanted.items()}
             decoded = self.model.decode_signals(
-                states.flatten(0, 1), image_features, image_index.flatten(), names, run_every_module
+                states.flatten(0, 1), image_features, image_index.flatten(), names, run_every_module, chosen
             )
             for name in names:
-                parts = [part.unflatten(0, positions.shape) for part in decoded[name]]
+                parts = decoded[name]
+                if chosen.get(name) is not None:  # zeros stand for what was not decoded
+                    parts = [
+                        part.new_zeros(positions.numel(), *part.shape[1:]).index_copy(0, chosen[name], part)
+                        for part in parts
+                    ]
+                parts = [part.unflatten(0, positions.shape) for part in parts]
                 fields |= dict(zip(SIGNALS[name].prediction_names, parts, strict=True))
         if labels is not None:
             loss_lm = self.config.lm_loss_weight * self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
             )
             share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
-            terms, loss_iou = signal_losses(self.config, decoded, slots, supervised, counts, share)
+            terms, loss_iou = signal_losses(self.config, decoded, slots, supervised, counts, share, chosen)
             zero = loss_lm.new_zeros(())
             terms = {signal.loss_name: terms.get(signal.loss_name, zero) for signal in self.model.signals.values()}
             terms["loss_iou"] = zero + loss_iou

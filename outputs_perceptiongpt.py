@@ -48,7 +48,8 @@ class PerceptionGPTOutputWithPast(ModelOutput):
     past_key_values (`Cache`, *optional*)
     pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
         xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
-    pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*): on the padded square.
+    pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*):
+        On the padded square. In a training step zeros where no mask is learned.
     pred_points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): xy in 0..1 of the padded square.
     pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
     pred_point_score (`torch.Tensor` of shape `(batch_size, K)`, *optional*):

@@ -190,7 +190,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             raise ValueError(f"`text` is {text!r:.80}; expected a string or a list of strings")
         texts = list(texts)
         image_rows = self._load_images(images, texts)
-        signals = self._signals(texts, image_rows, given, signal_image_index)
+        signals = self.signal_tensors(texts, image_rows, given, signal_image_index)
         flat_images = [image for row in image_rows for image in row] or None
         data = super().__call__(images=flat_images, text=texts, **kwargs).data
         for sample, (ids, one_text) in enumerate(zip(data["input_ids"], texts, strict=True)):
@@ -251,8 +251,15 @@ class PerceptionGPTProcessor(ProcessorMixin):
             )
         return image
 
-    def _signals(self, texts, image_rows, given: dict, signal_image_index) -> dict[str, np.ndarray]:
-        """The tensors of the checkpoint's signals, and `signal_image_index` if it was given, as arrays."""
+    def signal_tensors(self, texts, image_rows, given: dict, signal_image_index=None) -> dict[str, np.ndarray]:
+        """
+        The tensors of the checkpoint's signals, and `signal_image_index` if it was given, as arrays.
+
+        Args:
+            texts (`list[str]`), signal_image_index: as in [`__call__`].
+            image_rows (`list[list[PIL.Image.Image]]`): the images of each text; only their sizes are read.
+            given (`dict[str, list[list]]`): `boxes`, `masks` and so on, as in [`__call__`].
+        """
         counts = [text.count(VIS_TOKEN) for text in texts]
         for signal in SIGNALS.values():
             for sample, row in enumerate(given.get(signal.plural) or []):
@@ -350,7 +357,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         if len(conversation) == 0:
             raise ValueError("The conversation is empty; expected at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
-        rows = [_flatten(sample, messages, self.signals) for sample, messages in enumerate(conversations)]
+        rows = [flatten_messages(sample, messages, self.signals) for sample, messages in enumerate(conversations)]
         form = chat_form(template, self.tokenizer)
         if form.problem:
             logger.warning_once(f"The chat template is not fit for conversations about images: {form.problem}.")
@@ -538,7 +545,7 @@ def _tensor_type(values) -> str | None:
     return {torch.Tensor: "pt", np.ndarray: "np"}.get(type(values))
 
 
-def _flatten(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:
+def flatten_messages(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:
     """One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image."""
     flat_messages, images, slots = [], [], []
     for turn, message in enumerate(messages):
@@ -585,4 +592,4 @@ def _flatten(sample: int, messages: list[dict], signals: list[str]) -> tuple[lis
 
 PerceptionGPTProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PerceptionBatch", "PerceptionGPTProcessor"]
+__all__ = ["PerceptionBatch", "PerceptionGPTProcessor", "flatten_messages"]

@@ -34,6 +34,9 @@ class Signal:
         stays_float32 (`bool`): whether values are coordinates, which no cast of a batch may touch.
         takes_noise (`bool`): whether `forward` takes `<plural>_noise`, added to the values that are read.
         reads_image (`bool`): whether decoding needs the features of an image.
+        is_costly (`bool`):
+            Whether a training step encodes and decodes only the slots that are read and supervised. How many those are
+            is not known before, so it is not worth it for a few linear layers.
         drawn_as (`str`, *optional*): how `drawing.py` draws a value: `"mask"`, `"box"`, `"dot"` or not at all.
     """
 
@@ -48,6 +51,7 @@ class Signal:
     stays_float32 = True
     takes_noise = False
     reads_image = False
+    is_costly = False
     drawn_as: str | None = None
 
     # ---- names that follow from the attributes -----------------------------------------------------------------------

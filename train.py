@@ -75,6 +75,7 @@ def train_jointly(recipe: dict, args: TrainingArguments, resume: str | None) -> 
         generate_batch_size=recipe["data"]["generate_batch_size"],
         generate_tokens=recipe["data"]["generate_tokens"],
         compute_dtype=model_dtype(recipe),
+        guidance_weight=recipe["guidance"]["weight"],
     )
     if trainer.is_world_process_zero():
         print_parameter_table(model)

@@ -9,14 +9,17 @@ import copy
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from datasets import List
 from torch.utils.data import Dataset
 
+from perceptiongpt.chat_perceptiongpt import STRING, chat_form
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
+from perceptiongpt.processing_perceptiongpt import flatten_messages
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
@@ -26,8 +29,15 @@ CLICK_TASK = "point_to_mask"
 READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
 
 
+class ImageSize(NamedTuple):
+    """What the signals of an image need to know of it."""
+
+    height: int
+    width: int
+
+
 class PerceptionCollator:
-    """Collate rows of the schema (`data/schema.py`), or lists of rows that share a image, into a batch.
+    """Collate rows of the schema (`data/schema.py`), or lists of rows that share an image, into a batch.
 
     Args:
         processor: a `PerceptionGPTProcessor`.
@@ -41,6 +51,8 @@ class PerceptionCollator:
             consecutive rows of the same image, or the lists that `group_rows_by_image` makes. None: no packing.
         max_length: a longer row is an error (cutting it would cut signals off).
         cache_rows: keep so many processed rows in memory. Draws are made anew each time.
+        mask_targets: with `pack`, learn at most so many masks of a packed row, drawn anew in each epoch, of those
+            that have another signal, too: decoding masks takes most of a training step. None: all.
 
     Returns (from a call):
         `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, packed, bool (B, 1, L, L) with `position_ids` (B, L);
@@ -60,6 +72,7 @@ class PerceptionCollator:
         pack: int | None = None,
         max_length: int | None = None,
         cache_rows: int = 0,
+        mask_targets: int | None = None,
     ):
         self.readings, self.weights = parse_readings(
             READ_PROBABILITIES if read_probabilities is None else read_probabilities
@@ -74,6 +87,7 @@ class PerceptionCollator:
             self.pad_token_id = processor.tokenizer.eos_token_id
         self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.max_length, self.cache_rows = pack, max_length, cache_rows
+        self.mask_targets = mask_targets
         self.window = None if pack is None else packing_window(config)
         self._cache = OrderedDict()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by dataloader workers that live on
@@ -97,13 +111,13 @@ class PerceptionCollator:
 
     def for_evaluation(self) -> "PerceptionCollator":
         """
-        The same collator without draws: no jitter, clicks as they are stored, and answers read as at inference, by what
-        is fed back, wherever they have it.
+        The same collator without draws: no jitter, all masks, clicks as they are stored, and answers read as at
+        inference, by what is fed back, wherever they have it.
         """
         collator = copy.copy(self)
         fed_back = {signal.name for signal in self.signals if signal.fed_back}
         collator.box_jitter, collator.readings, collator.weights = 0.0, [fed_back], [1.0]
-        collator.draws_clicks = False
+        collator.draws_clicks, collator.mask_targets = False, None
         collator._cache = OrderedDict()
         return collator
 
@@ -118,9 +132,9 @@ class PerceptionCollator:
                     raise ValueError(f"{row['name']}: {len(row['input_ids'])} tokens, max_length is {self.max_length}")
         return self._pad(rows)
 
-    def _encode(self, row: dict) -> dict:
-        """One row as unpadded tensors (no batch dimension), with its draws."""
-        encoded = dict(self._process(row))
+    def _encode(self, row: dict, processed: dict | None = None) -> dict:
+        """One row as unpadded tensors (no batch dimension), with its draws; `processed` where it is so already."""
+        encoded = dict(self._process(row) if processed is None else processed)
         answer, valid = encoded["answer"], {signal.name: encoded[signal.valid_name] for signal in self.signals}
         identity = [row[key] for key in ("source", "image_id", "split", "task", "messages")]
         for name, signal in SIGNALS.items():
@@ -194,6 +208,49 @@ class PerceptionCollator:
         encoded["name"] = describe_row(row)
         return encoded
 
+    def _process_packed(self, rows: list[dict]) -> list[dict]:
+        """What `_process_row` makes of rows about one image: it is read once, and all texts at once.
+
+        The first row keeps the pixels. Rows that this cannot be done for are taken one by one.
+        """
+        processor, images = self.processor, row_images(rows[0])
+        form = chat_form(processor.chat_template, processor.tokenizer)
+        fits = form.content == STRING and form.marks_answers and form.ends_answers and not form.problem
+        fits = fits and "enable_thinking" not in processor.chat_template and not processor.mask_image_size
+        if self.cache_rows or len(rows) == 1 or len(images) != 1 or not fits:
+            return [self._process(row) for row in rows]
+        first = self._process_row(rows[0])
+        flat = [flatten_messages(i, row_to_messages(row), processor.signals) for i, row in enumerate(rows)]
+        encoded = processor.tokenizer.apply_chat_template(
+            [messages for messages, _, _ in flat[1:]],
+            chat_template=processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        size = ImageSize(rows[0]["height"], rows[0]["width"])
+        processed = [first]
+        for row, (messages, _, slots), ids, mask in zip(
+            rows[1:], flat[1:], encoded["input_ids"], encoded["assistant_masks"], strict=True
+        ):
+            text = "".join(message["content"] for message in messages)
+            given = {signal.plural: [[slot[signal.name] for slot in slots]] for signal in self.signals}
+            signals = processor.signal_tensors([text], [[size]], given)
+            ids, supervised = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
+            if not supervised.any():
+                raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
+            repeats = torch.where(ids == self.image_token_id, processor.image_seq_length, 1)
+            ids, supervised = ids.repeat_interleave(repeats), supervised.repeat_interleave(repeats)
+            one = {name: torch.from_numpy(values[0]) for name, values in signals.items()}
+            one = {name: value for name, value in one.items() if name in first}
+            one["input_ids"] = ids
+            one["labels"] = ids.where(supervised, torch.full_like(ids, IGNORED_LABEL))
+            one["answer"] = supervised[ids == self.vis_token_id]
+            one["slot_image"] = torch.zeros(len(slots), dtype=torch.int64)
+            one["name"] = describe_row(row)
+            processed.append(one)
+        return processed
+
     def _groups(self, features) -> list[list[dict]]:
         groups = []
         for feature in features:
@@ -208,7 +265,7 @@ class PerceptionCollator:
 
     def _pack(self, rows: list[dict]) -> dict:
         """Questions about one image behind its tokens, which are there once; each sees the image and itself."""
-        encoded = [self._encode(row) for row in rows]
+        encoded = [self._encode(row, done) for row, done in zip(rows, self._process_packed(rows), strict=True)]
         ids = [row["input_ids"] for row in encoded]
         image_positions = (ids[0] == self.image_token_id).nonzero()
         prefix = int(image_positions[-1]) + 1 if len(image_positions) else 0
@@ -238,7 +295,23 @@ class PerceptionCollator:
             [torch.arange(prefix), *(torch.arange(prefix, prefix + block) for block in lengths)]
         )
         packed["name"] = encoded[0]["name"]
+        if self.mask_targets is not None and {"mask"} < {signal.name for signal in self.signals}:
+            self._limit_masks(packed, rows)
         return packed
+
+    def _limit_masks(self, packed: dict, rows: list[dict]) -> None:
+        """Leave `mask_targets` of the answers' masks: neither are the others learned, nor are they read."""
+        others = [signal for signal in self.signals if signal.name != "mask"]
+        has_other = sum(packed[signal.valid_name] for signal in others) > 0
+        found = (packed["answer"] & packed["masks_valid"] & has_other).nonzero()[:, 0]
+        identity = [[row[key] for key in ("source", "image_id", "split", "messages")] for row in rows]
+        generator = stable_generator(self.seed, rows[0].get("epoch", int(self._epoch)), "masks", identity)
+        dropped = found[torch.from_numpy(generator.permutation(len(found))[self.mask_targets :])]
+        packed["masks_valid"][dropped] = False
+        for signal in others:  # what was read as its mask alone is read as what else it has
+            alone = packed["masks_read"][dropped] & ~packed[signal.read_name][dropped]
+            packed[signal.read_name][dropped] |= alone & packed[signal.valid_name][dropped]
+        packed["masks_read"][dropped] = False
 
     def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)

@@ -16,6 +16,7 @@ from perceptiongpt.data.collator import (
     group_rows_by_image,
     packing_window,
 )
+from perceptiongpt.data.scenes.dataset import ScenesDataset
 from perceptiongpt.data.schema import row_features
 from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.signals_perceptiongpt import SIGNALS
@@ -269,6 +270,41 @@ def test_packed_equals_alone(make_tiny_model, rows, family, implementation):
         )
     for found, expected in zip(packed["found"], alone["found"], strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def packed_scenes(*tasks: str) -> list[list[dict]]:
+    dataset = ScenesDataset(
+        6, seed=9, size=64, questions=6, tasks=tasks or None, given_by=["box", "mask", "both", "point"]
+    )
+    return [dataset[index] for index in range(3)]
+
+
+def test_packed_rows_are_encoded_at_once_as_one_by_one(tiny, monkeypatch):
+    model, processor = tiny
+    collator = PerceptionCollator(processor, model.config, pack=6)
+    found = collator(packed_scenes())
+    monkeypatch.setattr(collator, "_process_packed", lambda rows: [collator._process(row) for row in rows])
+    expected = collator(packed_scenes())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_some_masks_of_a_packed_row_are_learned(tiny):
+    model, processor = tiny
+    rows = packed_scenes("refer", "detect", "box_to_mask")
+    collator = PerceptionCollator(processor, model.config, pack=6, mask_targets=2)
+    every, some = PerceptionCollator(processor, model.config, pack=6)(rows), collator(rows)
+    answers = answer_slots(every["input_ids"], every["labels"], processor.vis_token_id, every["boxes"].shape[1])
+    assert (every["masks_valid"] & answers).sum(1).min() > 2
+    assert (some["masks_valid"] & answers).sum(1).tolist() == [2, 2, 2]
+    # Prompts keep theirs, and whatever was read is still read, as what it has.
+    assert torch.equal(some["masks_valid"] & ~answers, every["masks_valid"] & ~answers)
+    read = [sum(batch[f"{name}_read"] for name in ("boxes", "masks", "points")) > 0 for batch in (some, every)]
+    assert torch.equal(*read) and not (some["masks_read"] & ~some["masks_valid"]).any()
+    collator.set_epoch(1)
+    assert not torch.equal(collator(rows)["masks_valid"], some["masks_valid"])
+    assert torch.equal(collator.for_evaluation()(rows)["masks_valid"], every["masks_valid"])
 
 
 def test_rows_are_packed_by_picture(tiny, rows):

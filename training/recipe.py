@@ -56,7 +56,10 @@ DEFAULTS = {
         "pack": None,
         "max_length": None,
         "cache_rows": 0,
+        "mask_targets": None,
     },
+    # Of the loss of the attention heads that are told where to look (`training/guidance.py`).
+    "guidance": {"weight": 0.0},
     # Weights that replace those of the config, e.g. {lm: 1, box_giou: 2, mask_dice: 2}.
     "loss": {},
     # The arguments of `transformers.TrainingArguments`.

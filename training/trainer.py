@@ -16,6 +16,7 @@ from perceptiongpt.data.mixtures import Mixture, MixtureCollator
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 from perceptiongpt.training.answers import SCORES, answer_and_score, mean_scores
 from perceptiongpt.training.datasets import stream_file
+from perceptiongpt.training.guidance import Guidance
 
 
 TRAINING_DEFAULTS = {
@@ -52,6 +53,7 @@ class PerceptionTrainer(Trainer):
         generation_rows: rows of the schema with direct tasks that evaluation lets the model answer, or None.
         generate_batch_size, generate_tokens: how many at a time, and the most tokens of an answer.
         compute_dtype: what is computed in, where the arguments ask for no mixed precision; None for the weights' own.
+        guidance_weight: of the loss of the heads that are told where to look (`training/guidance.py`); 0 for none.
         Others: as `Trainer`; `processing_class` is the processor.
     """
 
@@ -62,6 +64,7 @@ class PerceptionTrainer(Trainer):
         generate_batch_size: int = 8,
         generate_tokens: int = 64,
         compute_dtype: torch.dtype | None = None,
+        guidance_weight: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -79,6 +82,12 @@ class PerceptionTrainer(Trainer):
         if self.args.label_names is None:
             names = ((signal.plural, signal.valid_name) for signal in self.signals)
             self.label_names = ["labels", *(name for pair in names for name in pair)]
+        self.guidance, self.guidance_weight = None, guidance_weight
+        if guidance_weight:
+            if self.args.gradient_checkpointing:
+                raise ValueError("guidance needs gradient_checkpointing: false; or set guidance.weight to 0")
+            self.guidance = Guidance(self.accelerator.unwrap_model(self.model))
+            self.loss_terms += ("loss_guidance",)
         self._train_sums = torch.zeros(len(self.loss_terms), device=self.args.device)
         self._train_steps = 0
         # Of the language model's loss and each signal's; of the predicted IoU of each signal.
@@ -130,7 +139,12 @@ class PerceptionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the library's; each term is added up for the log."""
         if model.training:
+            if self.guidance is not None:
+                self.guidance.watch(inputs)
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self.guidance is not None:
+                guidance = self.guidance_weight * self.guidance.value / self.current_gradient_accumulation_steps
+                loss, outputs = loss + guidance, {**outputs, "loss_guidance": guidance}
             self._train_sums += torch.stack([outputs[name].detach().float() for name in self.loss_terms])
             return (loss, outputs) if return_outputs else loss
         # Sums, not means, so that the means over the data set do not depend on its batches. A signal's count is 1 in a
