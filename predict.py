@@ -26,10 +26,10 @@ from tqdm import tqdm
 from perceptiongpt.drawing import draw_objects
 from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.inference import InputError, answer_each, hide_progress_bars_in_logs, load
+from perceptiongpt.pipeline_perceptiongpt import REGION_PLACEHOLDER, question_content
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-REGION_PLACEHOLDER = "<region>"
 LIST_END = b"\n]\n"
 
 
@@ -110,29 +110,21 @@ def read_mask(path: str) -> np.ndarray:
     return mask
 
 
-def question_content(text: str, **given) -> list[dict]:
+def region_content(text: str, **given) -> list[dict]:
     """The content items of the prompt after its image: the text, with the region where `<region>` stands or at its end.
 
     Args:
         text: the prompt.
         given: the region by the names of content items (`box`, `mask`, `point`); None for what it does not have.
+
+    Raises:
+        InputError: the prompt names a region, and there is none.
     """
     region = {name: value for name, value in given.items() if value is not None}
-    if not region:
-        if REGION_PLACEHOLDER in text:
-            *others, last = (f"--{name}" for name in given)
-            raise InputError(f"--text names {REGION_PLACEHOLDER}, which needs {', '.join(others)} or {last}")
-        return [{"type": "text", "text": text}]
-    region = {"type": "region" if len(region) > 1 else next(iter(region)), **region}
-    if REGION_PLACEHOLDER not in text:
-        text = f"{text.rstrip()} {REGION_PLACEHOLDER}"
-    content = []
-    for index, part in enumerate(text.split(REGION_PLACEHOLDER)):
-        if index:
-            content.append(region)
-        if part:
-            content.append({"type": "text", "text": part})
-    return content
+    if not region and REGION_PLACEHOLDER in text:
+        *others, last = (f"--{name}" for name in given)
+        raise InputError(f"--text names {REGION_PLACEHOLDER}, which needs {', '.join(others)} or {last}")
+    return question_content(text, region)
 
 
 def append_entry(file: BinaryIO, entry: dict) -> None:
@@ -210,7 +202,7 @@ def predict(arguments: argparse.Namespace) -> int:
     """
     images = find_images(arguments.image)
     mask = read_mask(arguments.mask) if arguments.mask else None
-    content = question_content(arguments.text, box=arguments.box, mask=mask, point=arguments.point)
+    content = region_content(arguments.text, box=arguments.box, mask=mask, point=arguments.point)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
