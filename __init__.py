@@ -13,6 +13,7 @@ _MODULE_OF = {
     "PerceptionGPTForConditionalGeneration": "modeling_perceptiongpt",
     "PerceptionGPTProcessor": "processing_perceptiongpt",
     "PerceptionPipeline": "pipeline_perceptiongpt",
+    "ObjectIteratorStreamer": "streaming_perceptiongpt",
 }
 __all__ = sorted(_MODULE_OF)
 

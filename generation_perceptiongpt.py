@@ -4,6 +4,7 @@ generation loop. Every step records one hidden state and one probability a row; 
 all, once after the loop. [`GroundingMixin.ground`] does without the loop.
 """
 
+import functools
 import sys
 
 import torch
@@ -62,6 +63,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 in the prefix.
             signals (`Iterable[str]`, *optional*):
                 The signals that an emitted `<vis>` is decoded to, by name; by default all of the checkpoint.
+            streamer (`BaseStreamer`, *optional*):
+                One of the library's, for text, or a [`ObjectIteratorStreamer`], for objects, too.
 
         Returns:
             What the library returns; with `return_dict_in_generate=True` the fields of [`SignalGenerateFields`] beside.
@@ -70,6 +73,16 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             `ValueError`: for decoding modes that the loop cannot run in, a prompt `<vis>` that carries nothing, a
             cache that does not come from `generate`, and rows that do not start with the prefix.
         """
+        streamer = kwargs.get("streamer")
+        try:
+            return self._generate_objects(inputs, generation_config, **kwargs)
+        except BaseException as error:
+            if hasattr(streamer, "fail"):  # whoever reads from it waits in another thread
+                streamer.fail(error)
+            raise
+
+    def _generate_objects(self, inputs, generation_config, **kwargs):
+        """`generate`, whose streamer does not know of errors yet."""
         prefix, names = kwargs.pop("prefix", None), self._signal_names(kwargs.pop("signals", None))
         self._refuse_modes(generation_config, kwargs, prefix)
         register_entry_points(self)
@@ -80,6 +93,10 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         given = kwargs.get("input_ids")
         kwargs = self._lay_out(kwargs, prefix)
         state, kwargs = self._begin_signals(kwargs)
+        if hasattr(kwargs.get("streamer"), "watch"):
+            if several_processes():
+                raise ValueError("Objects are streamed by one process alone: other processes would not decode with it.")
+            kwargs["streamer"].watch(functools.partial(self._decode_step, state), names)
         output = super().generate(generation_config=generation_config, signal_state=state, **kwargs)
         state.settle(self.config.vis_token_id)
         state.prefix = None
@@ -461,19 +478,12 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         probabilities = torch.stack(state.probabilities)[positions, rows]
 
         if num_slots or several_processes():
-            reads_image = any(SIGNALS[name].reads_image for name in names)
-            image_of_slot = state.image_of_row.to(device)[rows]
-            image_features, image_index = self._image_features(state, image_of_slot, valid & reads_image)
-            decoded = self.decode_signals(
-                states.flatten(0, 1), image_features.to(device), image_index.flatten(), names=names
-            )
+            fields = self._decode_states(states, probabilities, rows, valid, state, names)
         else:  # plain text: nothing to run the decoders for
-            nothing = {name: SIGNALS[name].pad(self.config, num_sequences, 0, device).float() for name in names}
-            decoded = {name: (values.flatten(0, 1), values.new_zeros(0)) for name, values in nothing.items()}
-        fields = {}
-        for name, parts in decoded.items():
-            signal_values, predicted_iou = (part.unflatten(0, (num_sequences, num_slots)) for part in parts)
-            fields.update(SIGNALS[name].to_result(signal_values, predicted_iou, probabilities))
+            fields = {}
+            for name in names:
+                nothing = SIGNALS[name].pad(self.config, num_sequences, 0, device).float()
+                fields |= SIGNALS[name].to_result(nothing, nothing.new_zeros(num_sequences, 0), probabilities)
         output_class = PerceptionGPTGenerateOutput if beam_indices is None else PerceptionGPTGenerateBeamOutput
         return output_class(
             **output,
@@ -483,15 +493,45 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             prompt_length=prompt_length,
         )
 
+    def _decode_step(self, state: SignalState, step: int, names: list[str]) -> dict:
+        """What the state before the token of one step is decoded to, for a loop over one row that still runs."""
+        state.settle(self.config.vis_token_id)
+        states, probabilities = state.states[step][:, None], state.probabilities[step][:, None]
+        rows = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        return self._decode_states(states, probabilities, rows, torch.ones_like(rows, dtype=torch.bool), state, names)
+
+    def _decode_states(self, states, probabilities, rows, valid, state: SignalState, names: list[str]) -> dict:
+        """
+        Values and scores of the signals `names`, under the names that they have in the output of `generate`.
+
+        Args:
+            states (`torch.Tensor` of shape `(S, K, hidden)`): each predicts a `<vis>`.
+            probabilities, rows, valid (`torch.Tensor` of shape `(S, K)`): p(`<vis>`); the row of the loop that each
+                state comes from; whether it counts.
+        """
+        reads_image = any(SIGNALS[name].reads_image for name in names)
+        image_of_slot = state.image_of_row.to(states.device)[rows]
+        image_features, image_index = self._image_features(state, image_of_slot, valid & reads_image)
+        decoded = self.decode_signals(
+            states.flatten(0, 1), image_features.to(states.device), image_index.flatten(), names=names
+        )
+        fields = {}
+        for name, parts in decoded.items():
+            signal_values, predicted_iou = (part.unflatten(0, valid.shape) for part in parts)
+            fields |= SIGNALS[name].to_result(signal_values, predicted_iou, probabilities)
+        return fields
+
     def _image_features(self, state: SignalState, image_of_slot: torch.Tensor, valid: torch.Tensor):
         """What masks are decoded from, and each slot's index into it; a finer pass sees images with a `<vis>`."""
         if state.mask_pixel_values is not None:
             image_of_slot = torch.where(valid, image_of_slot, -1)
             wanted = image_of_slot[image_of_slot >= 0].unique()
             if len(wanted):
-                pixel_values = state.mask_pixel_values.to(image_of_slot.device)[wanted]
+                if state.finer_features is None or not torch.equal(state.finer_features[0], wanted):
+                    pixel_values = state.mask_pixel_values.to(image_of_slot.device)[wanted]
+                    state.finer_features = wanted, self.get_mask_features(pixel_values)
                 index = torch.searchsorted(wanted, image_of_slot)
-                return self.get_mask_features(pixel_values), torch.where(image_of_slot >= 0, index, -1)
+                return state.finer_features[1], torch.where(image_of_slot >= 0, index, -1)
         if state.mask_features is None:
             shape = (0, self.config.mask_cells, self.config.feature_size)
             return torch.zeros(shape, device=image_of_slot.device), torch.full_like(image_of_slot, -1)

@@ -14,6 +14,8 @@ class SignalState:
     Attributes:
         mask_features (`torch.Tensor` of shape `(images, cells, width)` or `None`): what masks are decoded from.
         mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
+        finer_features (`tuple[torch.Tensor, torch.Tensor]` or `None`):
+            Which images the last finer pass saw, and their features, in place of `mask_features`.
         image_of_row (`torch.Tensor` of shape `(rows,)`): the last image of each row, -1 for none.
         prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
             where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
@@ -33,6 +35,7 @@ class SignalState:
     def __init__(self, num_rows: int, device):
         self.mask_features = None
         self.mask_pixel_values = None
+        self.finer_features = None
         self.image_of_row = torch.full((num_rows,), -1, dtype=torch.long, device=device)
         self.num_images = 0
         self.last_state = None

@@ -1,12 +1,13 @@
 """`pipeline("perception", model=..., trust_remote_code=True)`: questions about images in, objects in pixels out."""
 
 from collections.abc import Iterator, Sized
+from threading import Event, Thread
 from types import GeneratorType
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Pipeline
+from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .signals_perceptiongpt import SIGNALS
@@ -51,6 +52,9 @@ class PerceptionPipeline(Pipeline):
     pipe("photo.jpg", "What is in <region>?", box=[x0, y0, x1, y1])
     pipe(messages, max_new_tokens=64, threshold=0.3, mask_format="rle")
 
+    for event in pipe("photo.jpg", "What is here?", stream=True):       # text and objects as they come
+        print(event)
+
     pipe.detect("photo.jpg", "dog")
     pipe.segment("photo.jpg", "the red cup")
     pipe.segment("photo.jpg", box=[x0, y0, x1, y1])
@@ -86,6 +90,9 @@ class PerceptionPipeline(Pipeline):
             ground (`bool`, defaults to `False`):
                 The questions ask for one object each: it is read from the prompt by the model's `ground`, without a
                 token being decoded. An answer that does not begin with an object is written to its end.
+            stream (`bool`, defaults to `False`):
+                For one question about one input: returns an iterator over text and objects as they are generated, the
+                events of [`ObjectIteratorStreamer`]. Closing it ends generation.
             kwargs: for `generate`, or `ground`, which takes `max_new_tokens` and `signals`.
 
         Returns:
@@ -184,7 +191,7 @@ class PerceptionPipeline(Pipeline):
 
     def _sanitize_parameters(self, generate_kwargs: dict | None = None, **kwargs):
         postprocess = {name: kwargs.pop(name) for name in ("threshold", "mask_format") if name in kwargs}
-        forward = {"ground": kwargs.pop("ground")} if "ground" in kwargs else {}
+        forward = {name: kwargs.pop(name) for name in ("ground", "stream") if name in kwargs}
         generate_kwargs = {**(generate_kwargs or {}), **kwargs}
         if generate_kwargs:
             forward["generate_kwargs"] = generate_kwargs
@@ -277,13 +284,12 @@ class PerceptionPipeline(Pipeline):
 
     def _has_dynamic_cache(self, generate_kwargs: dict) -> bool:
         """Whether `generate` will use the kind of cache that a prefix can start."""
-        settings = (generate_kwargs, self._generate_kwargs)
-        configs = [source["generation_config"] for source in settings if source.get("generation_config") is not None]
+        settings = self._prepare_generate_kwargs(generate_kwargs)
+        configs = (settings.get("generation_config"), self.model.generation_config)
 
         def setting(name: str):
-            sources = [source.get(name) for source in settings]
-            sources += [getattr(config, name, None) for config in (*configs, self.model.generation_config)]
-            return next((value for value in sources if value is not None), None)
+            values = (settings.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
 
         return setting("use_cache") is not False and not setting("cache_implementation")
 
@@ -305,14 +311,66 @@ class PerceptionPipeline(Pipeline):
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator:
+        if forward_params.pop("stream", False):
+            raise ValueError("`stream=True` is for one question about one input; got several inputs.")
         # The library pads tensors of rows that were processed alone; here the processor sees the batch as a whole.
         dataset_class = PipelineDataset if isinstance(inputs, Sized) else PipelineIterator
         dataset = dataset_class(inputs, self.preprocess, preprocess_params)
-        for batch in DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list):
-            yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+        loader = DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
+        return (
+            result
+            for batch in loader
+            for result in self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+        )
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        if forward_params.pop("stream", False):
+            return self._stream(self.preprocess(inputs, **preprocess_params), postprocess_params, **forward_params)
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+    def _stream(self, row: dict, options: dict, generate_kwargs: dict | None = None, ground: bool = False) -> Iterator:
+        """The events of one question, which `preprocess` has seen; `options` are those of `postprocess`."""
+        if row["several"] or ground:
+            raise ValueError(
+                f"`stream=True` is for one question about one input, word by word; got "
+                f"{'`ground=True`' if ground else 'a list of questions'}."
+            )
+        streamer = self.processor.object_streamer(row["sizes"] or None, **options)
+        generate_kwargs = dict(generate_kwargs or {})
+        closed = Event()
+        criteria = [*(generate_kwargs.pop("stopping_criteria", None) or []), EventCriteria(closed)]
+        generate_kwargs = self._prepare_generate_kwargs(
+            generate_kwargs, streamer=streamer, stopping_criteria=StoppingCriteriaList(criteria)
+        )
+        inputs = self._prepare(row["conversations"])
+
+        def run() -> None:
+            try:
+                with self.device_placement():
+                    self.model.generate(**inputs, **generate_kwargs)
+            except BaseException as error:  # raised where the events are read
+                streamer.fail(error)
+
+        def events() -> Iterator[dict]:
+            thread = Thread(target=run)
+            thread.start()
+            try:
+                yield from streamer
+            finally:
+                closed.set()
+                thread.join()
+
+        return events()
+
+
+class EventCriteria(StoppingCriteria):
+    """Ends generation after an event."""
+
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=torch.bool)
 
 
 class QuestionDataset(Dataset):

@@ -12,6 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
+from .answer_perceptiongpt import AnswerReader
 from .chat_perceptiongpt import CHAT_TEMPLATE, answer_spans, chat_form, end_answers, shape_contents
 from .configuration_perceptiongpt import (
     IMAGE_TOKEN,
@@ -22,14 +23,14 @@ from .configuration_perceptiongpt import (
     add_perception_tokens,
 )
 from .images_perceptiongpt import read_image
+from .signal_mask_perceptiongpt import check_mask_format
 from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals, refuse_signal, take_signal_inputs
+from .streaming_perceptiongpt import ObjectIteratorStreamer
 
 
 if TYPE_CHECKING:
     # Named so that `save_pretrained` copies the file of `pipeline("perception")` beside this one.
     from .pipeline_perceptiongpt import PerceptionPipeline  # noqa: F401
-
-MASK_FORMATS = ("bool", "rle", "polygons", None)
 
 logger = logging.get_logger(__name__)
 
@@ -450,8 +451,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
             A checkpoint without a signal has none of its entries.
         """
-        if mask_format not in MASK_FORMATS:
-            raise ValueError(f"`mask_format` is {mask_format!r}; expected one of {MASK_FORMATS}")
+        check_mask_format(mask_format)
         values = output if isinstance(output, Mapping) else vars(output)
         signals = [SIGNALS[name] for name in self.signals]
         signals = [signal for signal in signals if values.get(signal.result_names[0]) is not None]
@@ -468,7 +468,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             text, phrases = self._split_answer(ids, int(values["prompt_length"]))
             sizes = np.asarray([] if target_sizes[row] is None else target_sizes[row], dtype=np.int64).reshape(-1, 2)
             size = tuple(sizes[-1].tolist()) if len(sizes) else None
-            image = max(ids.count(self.image_token_id) // self.image_seq_length, len(sizes), 1) - 1
+            image = self.last_image(ids, sizes)
             scores = {signal.name: values[signal.result_names[1]][row].float() for signal in signals}
             keep = values["object_valid"][row].bool() & ~(scores[first.name] < threshold)
             presented = {
@@ -498,34 +498,26 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
     def _split_answer(self, ids: list[int], prompt_length: int) -> tuple[str, dict[int, tuple[int, int]]]:
         """The clean answer in a sequence, and at the position of each `<vis>` that has one its phrase's span in it."""
-        markers = (self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id)
-        text, decoded, phrases = "", "", {}
-        phrase = start = None
-        for position in range(prompt_length, len(ids) + 1):
-            token = ids[position] if position < len(ids) else None
-            if token is not None and token not in markers:
-                continue
-            # Decoding from the start each time: tokenizers treat the blanks at the start of a text in their own way.
-            longer = self.tokenizer.decode(
-                ids[prompt_length:position], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            piece = longer[len(decoded) :]
-            decoded = longer
-            if not text or text[-1].isspace():
-                piece = piece.lstrip(" ") if text else piece.lstrip()
-            text += piece
-            if piece.strip() and token == self.vis_token_id:
-                phrase = None
-            if token == self.phrase_start_token_id:
-                start, phrase = len(text), None
-            elif token == self.phrase_end_token_id and start is not None:
-                inside = text[start:]
-                first = start + len(inside) - len(inside.lstrip())
-                phrase = (first, first + len(inside.strip())) if inside.strip() else None
-                start = None
-            elif token == self.vis_token_id and phrase is not None:
-                phrases[position] = phrase
-        return text.rstrip(), phrases
+        reader, phrases = self.answer_reader(), {}
+        for position in range(prompt_length, len(ids)):
+            reader.read(ids[position])
+            if ids[position] == self.vis_token_id and reader.phrase is not None:
+                phrases[position] = reader.phrase
+        return reader.text(), phrases
+
+    def answer_reader(self) -> AnswerReader:
+        """Reads one answer token by token."""
+        return AnswerReader(self.tokenizer, self.vis_token_id, self.phrase_start_token_id, self.phrase_end_token_id)
+
+    def last_image(self, ids: list[int], sizes) -> int:
+        """The index of the image that objects of a sequence belong to, its tokens and the known sizes of its images."""
+        return max(ids.count(self.image_token_id) // self.image_seq_length, len(sizes), 1) - 1
+
+    def object_streamer(
+        self, target_size=None, threshold: float = 0.0, mask_format: str | None = "bool", timeout: float | None = None
+    ) -> ObjectIteratorStreamer:
+        """For `generate(streamer=...)`: iterates over text and objects as they come, see [`ObjectIteratorStreamer`]."""
+        return ObjectIteratorStreamer(self, target_size, threshold, mask_format, timeout)
 
 
 def _split_batches(images):

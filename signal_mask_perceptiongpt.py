@@ -19,6 +19,14 @@ from .signal_perceptiongpt import Signal, SignalEmbeddingNorm, normalize_states
 
 # A mask has at least so many cells a side, whatever the patch grid: coarser ones cap the IoU of what is predicted.
 SMALLEST_GRID = 128
+# What masks are returned as: bool arrays, compressed COCO RLE, COCO polygons, not at all.
+MASK_FORMATS = ("bool", "rle", "polygons", None)
+
+
+def check_mask_format(mask_format: str | None) -> None:
+    """`ValueError` unless this is one of `MASK_FORMATS`."""
+    if mask_format not in MASK_FORMATS:
+        raise ValueError(f"`mask_format` is {mask_format!r}; expected one of {MASK_FORMATS}")
 
 
 @strict
