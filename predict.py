@@ -4,12 +4,18 @@
     python predict.py --model . --image photo.jpg --text "What is in <region>?" --box 40,30,200,180 --output outputs/box
     python predict.py --model . --image photo.jpg --text "Segment <region>." --point 120,90 --output outputs/point
     python predict.py --model . --image holiday/ --text "Find the red cup." --ground --output outputs/cup
+    python predict.py --model . --image holiday/ --text "Find every dog." --format yolo --output outputs/dogs
 
 `OUTPUT/predictions.json` is a list with one entry per image, in order: `image`, `prompt`, `text` (the answer),
 `width`, `height`, `objects` (as `post_process_generation` gives them, masks as COCO RLE), `drawing` (the PNG beside it)
 and `error`: None, or why there is no answer; then the exit status is 1, and the other images are answered all the same.
 The file is complete after every batch. `--text` goes to the model as it is written; what `--box`, `--mask` and
 `--point` describe takes the place of `<region>` in it, or stands at its end. Coordinates are pixels of the image.
+
+At its end a run can write the answers in one more format, beside that file: `--format coco` writes `annotations.json`,
+a COCO data set; `--format supervision` `detections.json`, a list of what `supervision.Detections.from_inference` reads;
+`--format yolo` a YOLO data set of `data.yaml`, `images/` and `labels/`. Classes are the phrases of the answers, or
+`--label`.
 """
 
 import argparse
@@ -23,6 +29,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from perceptiongpt import exports
 from perceptiongpt.drawing import draw_objects
 from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.inference import InputError, answer_each, hide_progress_bars_in_logs, load
@@ -157,6 +164,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--point", type=point_argument, metavar="x,y", help="a region: a click, in pixels of each image"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--format", default="json", choices=["json", *exports.WRITERS], help="write the answers in this format, too"
+    )
+    parser.add_argument(
+        "--label", metavar="NAME",
+        help="class of objects without a phrase, for --format; default: what the prompt asks for ('dog' of 'Find every "
+        "dog.'), or the whole prompt",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument(
@@ -203,6 +218,9 @@ def predict(arguments: argparse.Namespace) -> int:
     images = find_images(arguments.image)
     mask = read_mask(arguments.mask) if arguments.mask else None
     content = region_content(arguments.text, box=arguments.box, mask=mask, point=arguments.point)
+    copies = (arguments.output / "images").resolve()
+    if arguments.format == "yolo" and any(copies in image.resolve().parents for image in images):
+        raise InputError(f"--format yolo writes copies of the images to {copies}, which holds some of them already")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -252,7 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(parsed.output / "predictions.json")
+    predictions = parsed.output / "predictions.json"
+    print(predictions)
+    if parsed.format in exports.WRITERS:
+        entries = [entry for entry in json.loads(predictions.read_bytes()) if entry["error"] is None]
+        print(exports.WRITERS[parsed.format](entries, parsed.output, parsed.label or exports.label_of(parsed.text)))
     if errors:
         print(f"{errors} of the images could not be answered: see `error` in predictions.json", file=sys.stderr)
     return 1 if errors else 0
