@@ -249,14 +249,16 @@ class PerceptionPipeline(Pipeline):
             conversations, sizes = one["conversations"], one["sizes"]
             if len(conversations) == 1:
                 continue
-            prefix, at_once = None, QUESTIONS_AT_ONCE
+            at_once = QUESTIONS_AT_ONCE
+            inputs, prefix = self._prepare(conversations[:at_once]), None
             if sizes and self._has_dynamic_cache(generate_kwargs):
-                prefix = self.model.encode_prefix(**self._prepare(conversations[:1]))
-                # Rows of unlike lengths cannot share a prefix under sliding-window attention.
-                at_once = 1 if any(prefix.is_sliding) else at_once
+                prefix = self.model.encode_prefix(**inputs)
+                if any(prefix.is_sliding):  # such rows share a prefix only where they are of one length
+                    at_once, inputs = 1, self._prepare(conversations[:1])
             for start in range(0, len(conversations), at_once):
                 some = conversations[start : start + at_once]
-                answer = self._answer(self._prepare(some), {**generate_kwargs, "prefix": prefix}, ground)
+                inputs = self._prepare(some) if start else inputs
+                answer = self._answer(inputs, {**generate_kwargs, "prefix": prefix}, ground)
                 answers.append({**answer, "sizes": [sizes] * len(some)})
             rows += [index] * len(conversations)
         return {"answers": answers, "rows": rows, "several": [one["several"] for one in model_inputs]}

@@ -201,7 +201,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         return_tensors = _tensor_type(data["input_ids"])
         if self.mask_image_size and flat_images:
             size = {"height": self.mask_image_size, "width": self.mask_image_size}
-            finer = self.image_processor(flat_images, size=size, return_tensors=return_tensors)
+            finer = self._resize(flat_images, size=size, return_tensors=return_tensors)
             data["mask_pixel_values"] = finer["pixel_values"]
         return PerceptionBatch(
             {**data, **signals}, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
@@ -226,11 +226,27 @@ class PerceptionGPTProcessor(ProcessorMixin):
         for sample, (row, count) in enumerate(zip(rows, counts, strict=True)):
             if len(row) != count:
                 raise ValueError(f"sample {sample}: {len(row)} images were given for {count} {IMAGE_TOKEN} in the text")
-        loaded = [
-            [self.load_image(image, f"sample {sample}, image {index}") for index, image in enumerate(row)]
-            for sample, row in enumerate(rows)
-        ]
-        return loaded
+        loaded = {}  # an image that stands in many rows is read once
+        for sample, row in enumerate(rows):
+            for index, image in enumerate(row):
+                if id(image) not in loaded:
+                    loaded[id(image)] = self.load_image(image, f"sample {sample}, image {index}")
+        return [[loaded[id(image)] for image in row] for row in rows]
+
+    def _process_images(self, images, **kwargs):
+        pixels = self._resize(images, **kwargs)
+        return pixels, [self.replace_image_token(pixels, index, **kwargs) for index in range(len(images))]
+
+    def _resize(self, images: list, **kwargs) -> BatchFeature:
+        """What the image processor makes of images, of which one that stands in many rows is resized once."""
+        unique = {id(image): image for image in images}
+        pixels = self.image_processor(list(unique.values()), **kwargs)
+        if len(unique) < len(images):
+            numbers = {key: number for number, key in enumerate(unique)}
+            index = [numbers[id(image)] for image in images]
+            values = pixels["pixel_values"]
+            pixels["pixel_values"] = [values[number] for number in index] if isinstance(values, list) else values[index]
+        return pixels
 
     def load_image(self, image, name: str = "image") -> Image.Image:
         """

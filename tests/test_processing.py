@@ -857,6 +857,31 @@ def test_bfloat16_output(processor):
     assert result["boxes"].dtype == result["scores"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_an_image_that_stands_in_many_rows_is_read_and_resized_once(
+    make_tiny_model, image, return_tensors, monkeypatch
+):
+    _, processor = make_tiny_model(mask_image_size=64)
+    other, counts = image.resize((50, 80)), []
+    texts = ["<image>a", "<image><image>b", "<image>c"]
+    rows = [[image], [other, image], [other]]
+    expected = processor(
+        images=[[one.copy() for one in row] for row in rows], text=texts, return_tensors=return_tensors
+    )
+    process = type(processor.image_processor).__call__
+    monkeypatch.setattr(
+        type(processor.image_processor),
+        "__call__",
+        lambda self, images, **kwargs: (counts.append(len(images)), process(self, images, **kwargs))[1],
+    )
+    found = processor(images=rows, text=texts, return_tensors=return_tensors)
+    assert counts == [2, 2]
+    for name in ("pixel_values", "mask_pixel_values", "input_ids"):
+        assert type(found[name]) is type(expected[name]) and len(found[name]) == len(expected[name])
+        if name != "input_ids":
+            assert all((one == wanted).all() for one, wanted in zip(found[name], expected[name], strict=True))
+
+
 # Pipeline
 
 

@@ -267,6 +267,13 @@ CANARIES = [
         ("processed_dict", "generation_indices"),
     ),
     Canary(
+        PROCESSOR,
+        "_process_images",
+        "nothing: an image that stands in many rows is resized for each",
+        lambda: "self._process_images(images, " in inspect.getsource(PROCESSOR.__call__),
+        ("images", "kwargs"),
+    ),
+    Canary(
         GENERATION,
         "_prepare_cache_for_generation",
         "generate does not feed boxes back",
