@@ -27,8 +27,8 @@ from .outputs_perceptiongpt import (
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs
 from .slots_perceptiongpt import (
-    additive_mask,
     align_slots,
+    packed_mask,
     prepare_slots,
     require_finer_images,
     several_processes,
@@ -364,7 +364,7 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
 
         # With a static cache `generate` hands over a dict of masks, one for each kind of layer.
         if getattr(attention_mask, "dtype", None) == torch.bool and attention_mask.ndim == 4:
-            attention_mask = additive_mask(self.config, attention_mask, position_ids, inputs_embeds.dtype)
+            attention_mask = packed_mask(self.config, attention_mask, position_ids, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

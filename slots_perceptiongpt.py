@@ -6,6 +6,7 @@ All shapes are fixed by the caller's, so that the host never waits to learn how 
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.utils import torch_compilable_check
 
 from .signals_perceptiongpt import SIGNALS, refuse_signal
@@ -132,10 +133,14 @@ def require_finer_images(config, names, slots: dict, supervised: torch.Tensor | 
             torch_compilable_check(~wanted.any(), message)
 
 
-def additive_mask(config, attention_mask: torch.Tensor, position_ids, dtype: torch.dtype) -> torch.Tensor:
-    """A bool `(batch_size, 1, L, L)` mask as what the attention back ends add to their scores."""
+def packed_mask(config, attention_mask: torch.Tensor, position_ids, dtype: torch.dtype) -> torch.Tensor | BlockMask:
+    """
+    A bool `(batch_size, 1, L, L)` mask as the attention back end takes it: blocks of it for flex attention, which skips
+    those that are empty, and for the others what they add to their scores.
+    """
     text_config = config.text_config
-    if "flash" in str(text_config._attn_implementation):
+    implementation = str(text_config._attn_implementation)
+    if "flash" in implementation:
         raise ValueError("Packed rows need a 4-D attention mask, which flash attention cannot take: use sdpa or eager.")
     window = getattr(text_config, "sliding_window", None)
     sliding = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])
@@ -146,6 +151,13 @@ def additive_mask(config, attention_mask: torch.Tensor, position_ids, dtype: tor
         )
     if position_ids is None:
         raise ValueError("A 4-D `attention_mask` needs `position_ids`: each packed question restarts its own.")
+    if "flex" in implementation:
+        rows, _, length, _ = attention_mask.shape
+        return create_block_mask(
+            lambda row, head, query, key: attention_mask[row, 0, query, key],
+            *(rows, None, length, length),
+            device=attention_mask.device,
+        )
     lowest = torch.finfo(dtype).min
     return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
         ~attention_mask, lowest

@@ -27,6 +27,8 @@ IGNORED_LABEL = -100
 CLICK_TASK = "point_to_mask"
 # At inference only boxes are fed back, so an answer is read as its box most of the time.
 READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
+AUTO = "auto"
+AUTO_PACK = 8  # questions of an image in a row: see docs/training.md for what more and fewer cost
 
 
 class ImageSize(NamedTuple):
@@ -41,7 +43,7 @@ class PerceptionCollator:
 
     Args:
         processor: a `PerceptionGPTProcessor`.
-        config: the model's config; needed for `pack` only, to refuse what packing cannot do.
+        config: the model's config; needed for `pack` only, to tell what packing cannot do.
         seed: of all draws.
         box_jitter: standard deviation of the jitter on an answer's box where it is read, as a share of its side.
         read_probabilities: how often an answer's `<vis>` is read as which signals, `{"box": 0.5, "box+point": 0.5}`;
@@ -49,13 +51,15 @@ class PerceptionCollator:
             in prompts, it is read as whatever it has.
         pack: at most so many questions of one image share a row behind their image, under a block-diagonal mask:
             consecutive rows of the same image, or the lists that `group_rows_by_image` makes. None: no packing.
+            `auto`: `AUTO_PACK`, or None where the language model cannot take such a mask (`choose_pack`).
         max_length: a longer row is an error (cutting it would cut signals off).
         cache_rows: keep so many processed rows in memory. Draws are made anew each time.
         mask_targets: with `pack`, learn at most so many masks of a packed row, drawn anew in each epoch, of those
             that have another signal, too: decoding masks takes most of a training step. None: all.
 
     Returns (from a call):
-        `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, packed, bool (B, 1, L, L) with `position_ids` (B, L);
+        `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, where a row holds several questions, bool
+        (B, 1, L, L) with `position_ids` (B, L);
         `pixel_values` (images, 3, S, S); the signals of the processor (B, K, ...), see `forward`, with K = 0 for values
         that no row of the batch has, so that their modules need not run; `boxes_noise` (B, K, 4) float32, such that
         boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask is
@@ -69,7 +73,7 @@ class PerceptionCollator:
         seed: int = 0,
         box_jitter: float = 0.02,
         read_probabilities: dict[str, float] | None = None,
-        pack: int | None = None,
+        pack: int | str | None = None,
         max_length: int | None = None,
         cache_rows: int = 0,
         mask_targets: int | None = None,
@@ -86,9 +90,9 @@ class PerceptionCollator:
         if self.pad_token_id is None:
             self.pad_token_id = processor.tokenizer.eos_token_id
         self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
-        self.pack, self.max_length, self.cache_rows = pack, max_length, cache_rows
-        self.mask_targets = mask_targets
-        self.window = None if pack is None else packing_window(config)
+        self.pack, self.window = choose_pack(pack, config)
+        self.is_auto = pack == AUTO
+        self.max_length, self.cache_rows, self.mask_targets = max_length, cache_rows, mask_targets
         self._cache = OrderedDict()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by dataloader workers that live on
 
@@ -125,7 +129,7 @@ class PerceptionCollator:
         if self.pack is None:
             rows = [self._encode(feature) for feature in features]
         else:
-            rows = [self._pack(group) for group in self._groups(features)]
+            rows = [row for group in self._groups(features) for row in self._pack(group)]
         if self.max_length is not None:
             for row in rows:
                 if len(row["input_ids"]) > self.max_length:
@@ -263,12 +267,30 @@ class PerceptionCollator:
                 groups.append(list(rows))
         return groups
 
-    def _pack(self, rows: list[dict]) -> dict:
-        """Questions about one image behind its tokens, which are there once; each sees the image and itself."""
+    def _pack(self, rows: list[dict]) -> list[dict]:
+        """Rows about one image as one row; with `auto`, questions that cannot share it get rows of their own."""
         encoded = [self._encode(row, done) for row, done in zip(rows, self._process_packed(rows), strict=True)]
-        ids = [row["input_ids"] for row in encoded]
-        image_positions = (ids[0] == self.image_token_id).nonzero()
-        prefix = int(image_positions[-1]) + 1 if len(image_positions) else 0
+        if not self.is_auto:
+            return [self._join(encoded, rows)]
+        groups = defaultdict(list)
+        for index, one in enumerate(encoded):
+            prefix = self._prefix(one)
+            alone = prefix == 0 or (one["labels"][: prefix + 1] != IGNORED_LABEL).any()
+            groups[index if alone else tuple(one["input_ids"][:prefix].tolist())].append(index)
+        images = {key: encoded[0][key] for key in ("pixel_values", "mask_pixel_values") if key in encoded[0]}
+        return [
+            self._join([{**images, **encoded[index]} for index in group], [rows[index] for index in group])
+            for group in groups.values()
+        ]
+
+    def _prefix(self, encoded: dict) -> int:
+        """How many tokens of a row come up to and with its last image."""
+        positions = (encoded["input_ids"] == self.image_token_id).nonzero()
+        return int(positions[-1]) + 1 if len(positions) else 0
+
+    def _join(self, encoded: list[dict], rows: list[dict]) -> dict:
+        """Questions about one image behind its tokens, which are there once; each sees the image and itself."""
+        ids, prefix = [row["input_ids"] for row in encoded], self._prefix(encoded[0])
         for row, other in zip(encoded, ids, strict=True):
             if len(rows) > 1 and (prefix == 0 or not torch.equal(other[:prefix], ids[0][:prefix])):
                 raise ValueError(f"{row['name']}: does not begin with the same image as {encoded[0]['name']}")
@@ -294,7 +316,7 @@ class PerceptionCollator:
         packed["position_ids"] = torch.cat(
             [torch.arange(prefix), *(torch.arange(prefix, prefix + block) for block in lengths)]
         )
-        packed["name"] = encoded[0]["name"]
+        packed["name"], packed["questions"] = encoded[0]["name"], len(rows)
         if self.mask_targets is not None and {"mask"} < {signal.name for signal in self.signals}:
             self._limit_masks(packed, rows)
         return packed
@@ -327,7 +349,7 @@ class PerceptionCollator:
             for name in signal.input_names:
                 if name not in flags:
                     batch[name] = _stack([row[name][:held] for row in rows], held, 0)
-        if self.pack is None:
+        if not any(row.get("questions", 1) > 1 for row in rows):  # a plain mask, which attention is fastest under
             ones = [torch.ones_like(row["input_ids"]) for row in rows]
             batch["attention_mask"] = _stack(ones, length, 0)
         else:
@@ -405,6 +427,33 @@ def image_key(row: dict) -> tuple | None:
     if isinstance(row.get("image"), (list, tuple)) or row.get("image_id") is None:
         return None
     return row.get("source"), row.get("split"), row["image_id"]
+
+
+def choose_pack(pack: int | str | None, config) -> tuple[int | None, int | None]:
+    """What a recipe's `pack` comes to under a model's config.
+
+    Args:
+        pack: the most questions in a row; `auto`: `AUTO_PACK` where any row may be packed, that is under attention that
+            takes a 4-D mask (eager, sdpa, flex) and has no sliding window; None: no packing.
+        config: the model's config.
+
+    Returns:
+        the most questions in a row, None for no packing, and the most tokens in a packed row, None for any number.
+
+    Raises:
+        ValueError: `pack` is something else, or a number that this config does not allow (`packing_window`).
+    """
+    if pack is None:
+        return None, None
+    if pack == AUTO:
+        text_config = None if config is None else config.get_text_config()
+        takes_mask = "flash" not in str(getattr(text_config, "_attn_implementation", None))
+        return (AUTO_PACK, None) if takes_mask and packing_window(config) is None else (None, None)
+    if isinstance(pack, bool) or not isinstance(pack, int) or pack < 1:
+        raise ValueError(
+            f"pack is {pack!r}; expected {AUTO!r}, a number of questions from 1 on, or null for no packing"
+        )
+    return pack, packing_window(config)
 
 
 def packing_window(config) -> int | None:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from drawn_rows import drawn_rows
 from perceptiongpt.data.collator import (
+    AUTO_PACK,
     IGNORED_LABEL,
     PerceptionCollator,
     answer_slots,
@@ -345,6 +346,38 @@ def test_packing_is_refused_where_it_cannot_be(tiny, rows):
         PerceptionCollator(processor, MistralConfig(sliding_window=40), pack=5)(rows[:5])
     assert packing_window(MistralConfig(sliding_window=None)) is None
     assert packing_window(model.config) is None
+    for wrong in (0, True, 2.5, "all"):
+        with pytest.raises(ValueError, match="expected 'auto', a number"):
+            PerceptionCollator(processor, model.config, pack=wrong)
+
+
+def test_auto_packs_where_attention_allows_it(tiny, rows):
+    model, processor = tiny
+    flash = LlamaConfig()
+    flash._attn_implementation = "flash_attention_2"
+    assert PerceptionCollator(processor, model.config, pack="auto").pack == AUTO_PACK
+    assert PerceptionCollator(processor, flash, pack="auto").pack is None
+    assert PerceptionCollator(processor, MistralConfig(sliding_window=40), pack="auto").pack is None
+    with pytest.raises(ValueError, match="needs the model's config"):
+        PerceptionCollator(processor, pack="auto")
+
+
+def test_auto_leaves_out_of_a_row_what_cannot_share_it(tiny, rows):
+    model, processor = tiny
+    system = {**rows[1], "messages": [{"role": "system", "content": "Look well."}, *rows[1]["messages"]]}
+    group = [rows[0], system, rows[2]]
+    packed = PerceptionCollator(processor, model.config, pack="auto")([group])
+    assert packed["attention_mask"].ndim == 4 and len(packed["input_ids"]) == len(packed["pixel_values"]) == 2
+    losses = [model(**batch).loss for batch in (packed, PerceptionCollator(processor)(group))]
+    torch.testing.assert_close(*losses)
+
+
+def test_rows_that_share_no_image_have_a_plain_mask(tiny, rows):
+    model, processor = tiny
+    found = PerceptionCollator(processor, model.config, pack="auto")(rows[::5])
+    expected = PerceptionCollator(processor)(rows[::5])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # ---- finer mask path -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionModel,
@@ -20,6 +21,7 @@ from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGenera
 from perceptiongpt.configuration_perceptiongpt import ADDED_TOKENS
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
 from perceptiongpt.signals_perceptiongpt import SIGNALS
+from perceptiongpt.slots_perceptiongpt import packed_mask
 from perceptiongpt.training.adapters import add_adapter, parameter_table
 from perceptiongpt.training.recipe import LORA_TARGETS
 from processes import run_two_processes
@@ -357,12 +359,21 @@ def packed_questions() -> tuple[dict, list[dict]]:
     return packed, alone
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_questions_equal_each_alone(attention):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+@pytest.mark.parametrize(
+    ("attention", "compiles"),
+    [
+        ("sdpa", False),
+        ("eager", False),
+        ("flex_attention", False),
+        pytest.param("flex_attention", True, marks=pytest.mark.slow),  # it compiles itself, for half a minute
+    ],
+)
+def test_packed_questions_equal_each_alone(attention, compiles):
     model = tiny_model()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({"text_config": attention})
     packed, alone = packed_questions()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("default" if compiles else "force_eager"):
         together = model(**packed)
         at, slot = 1 + GRID_TOKENS, 0
         for inputs in alone:
@@ -377,6 +388,17 @@ def test_packed_questions_equal_each_alone(attention):
             at, slot = at + count, slot + slots
         leaky = model(**{**packed, "attention_mask": torch.ones_like(packed["attention_mask"]).tril()})
     assert (leaky.logits - together.logits)[0, -1].abs().max() > 100 * TOLERANCE
+
+
+def test_flex_attention_gets_the_blocks_of_a_packed_row():
+    """Two questions of 128 tokens behind 128 of an image: the second does not read the block of the first."""
+    config = tiny_config()
+    config.text_config._attn_implementation = "flex_attention"
+    owner = torch.arange(3).repeat_interleave(128)
+    mask = ((owner[:, None] == owner) | (owner == 0)[None]) & torch.ones(384, 384, dtype=torch.bool).tril()
+    blocks = packed_mask(config, mask[None, None], torch.zeros(1, 384, dtype=torch.long), torch.float32)
+    assert isinstance(blocks, BlockMask)
+    assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
 
 def test_packing_is_refused_where_it_cannot_be_right(model):

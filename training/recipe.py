@@ -48,12 +48,12 @@ DEFAULTS = {
     # {source: parquet, root: .., split: ..}. `train` may be a mixture instead: see `data/mixtures.py`.
     # Besides the losses, evaluation lets the model answer `generate_rows` direct prompts by itself.
     "data": {"train": None, "eval": None, "generate_rows": 64, "generate_batch_size": 8, "generate_tokens": 64},
-    # The arguments of `PerceptionCollator`.
+    # The arguments of `PerceptionCollator`. `pack`: the most questions of an image in a row; null: no packing.
     "collator": {
         "seed": 0,
         "box_jitter": 0.02,
         "read_probabilities": None,
-        "pack": None,
+        "pack": "auto",
         "max_length": None,
         "cache_rows": 0,
         "mask_targets": None,
