@@ -4,15 +4,14 @@
     python benchmarks/packing.py --size 0.5B --questions 8 --pairs 3
     python benchmarks/packing.py --size 0.5B --device cuda --dtype bfloat16
 
-All weights are random. A step is forward, losses and backward of all weights but the tower's, without the optimizer; each
-question asks for one box. The two ways take turns, on the same questions.
+All weights are random. A step is forward, losses and backward of all weights but the tower's, without the optimizer;
+each question asks for one box. The two ways take turns, on the same questions.
 """
 
 import argparse
 import statistics
 
 import torch
-
 from speed import SIZES, build, median_interval, seconds
 
 
