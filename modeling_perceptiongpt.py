@@ -170,23 +170,32 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
                 module.eval()
         return self
 
-    def _vision_layers(self, pixel_values: torch.Tensor, **kwargs):
+    def encode_tower(self, pixel_values: torch.Tensor, **kwargs):
         """
-        One pass of the tower over `(images, 3, S, S)`.
+        One pass of the tower over `(images, 3, S, S)`. Without a gradient where no weight of the tower trains: gradient
+        checkpointing would make its embeddings ask for one, run the tower back and encode every image twice.
 
         Returns:
-            the outputs of the tower, and what equation 1 mixes: of a plain ViT the outputs `(images, cells, width)` of
-            its layers 1..n, class and register tokens dropped; of a pyramid one map `(images, feature_size, height,
-            width)` a stage.
+            the outputs of the tower, and what `tower_states` of [`forward`] takes: of a plain ViT the outputs `(images,
+            cells, width)` of its layers 1..n, class and register tokens dropped; of a pyramid the last map `(images,
+            channels, height, width)` of each stage, finest first.
         """
         if self.config.is_pyramid:  # convolutions on a CPU are fastest with the channels last
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        outputs = tower_layers(self.vision_tower, self.config.vision_config, pixel_values, **kwargs)
+        learns = torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        )
+        with torch.set_grad_enabled(learns):
+            outputs = tower_layers(self.vision_tower, self.config.vision_config, pixel_values, **kwargs)
         if self.config.is_pyramid:
             maps = feature_maps(outputs, self.config.vision_config.model_type)
-            return outputs, self.vision_stages([maps[stage["layer"]] for stage in self.config.vision_stages])
+            return outputs, tuple(maps[stage["layer"]] for stage in self.config.vision_stages)
         cells = (pixel_values.shape[-1] // self.config.vision_config.patch_size) ** 2
         return outputs, tuple(layer[:, layer.shape[1] - cells :] for layer in outputs.hidden_states[1:])
+
+    def _vision_layers(self, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What equation 1 mixes: states of the tower, of a pyramid brought to `feature_size` channels."""
+        return self.vision_stages(list(states)) if self.config.is_pyramid else states
 
     def _mix(self, mixture: FeatureMixture, layers: tuple[torch.Tensor, ...], grid: int) -> torch.Tensor:
         """Equation 1 over what [`_vision_layers`] returns: `(images, grid * grid, feature_size)`."""
@@ -202,30 +211,40 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
         return features
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> PerceptionGPTImageFeatures:
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None, tower_states: tuple[torch.Tensor, ...] | None = None, **kwargs
+    ) -> PerceptionGPTImageFeatures:
         """
         Encodes images, each with one pass of the tower.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`)
+            tower_states (`tuple[torch.Tensor]`, *optional*): what [`encode_tower`] made of the images; it is not run.
             kwargs: for the tower, such as `output_hidden_states` and `output_attentions`.
         """
         wants_states = kwargs.get("output_hidden_states")
         if wants_states is None:
             wants_states = self.config.vision_config.output_hidden_states
-        outputs, layers = self._vision_layers(pixel_values, **kwargs)
+        outputs = None
+        if tower_states is None:
+            outputs, tower_states = self.encode_tower(pixel_values, **kwargs)
+        layers = self._vision_layers(tower_states)
         features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
         return PerceptionGPTImageFeatures(
             last_hidden_state=layers[-1],
             pooler_output=self.multi_modal_projector(features),
-            hidden_states=outputs.hidden_states if wants_states else None,
+            hidden_states=getattr(outputs, "hidden_states", None) if wants_states else None,
             attentions=getattr(outputs, "attentions", None),
             mask_features=None if self.config.mask_image_size else self._mask_features(layers),
         )
 
-    def get_mask_features(self, mask_pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(images, 3, S', S')` to what the mask decoder reads, `(images, mask_cells, feature_size)`."""
-        return self._mask_features(self._vision_layers(mask_pixel_values)[1])
+    def get_mask_features(
+        self, mask_pixel_values: torch.Tensor | None, tower_states: tuple[torch.Tensor, ...] | None = None
+    ) -> torch.Tensor:
+        """`(images, 3, S', S')`, or what [`encode_tower`] made of them, to `(images, mask_cells, feature_size)`."""
+        if tower_states is None:
+            _, tower_states = self.encode_tower(mask_pixel_values)
+        return self._mask_features(self._vision_layers(tower_states))
 
     def token_mask(self, input_ids, inputs_embeds, token_id: int) -> torch.Tensor:
         """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding if there are no ids."""
@@ -258,6 +277,8 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
         signal_embeds: torch.Tensor | None = None,
         signal_embeds_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        tower_states: tuple[torch.Tensor, ...] | None = None,
+        mask_tower_states: tuple[torch.Tensor, ...] | None = None,
         run_every_module: bool | None = None,
         **kwargs,
     ) -> PerceptionGPTModelOutputWithPast:
@@ -284,6 +305,8 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             signal_embeds, signal_embeds_mask (`(batch_size, n, hidden_size)` and bool `(batch_size, n)`, *optional*):
                 Ready-made embeddings for the last n positions, used where the bool mask is True.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed earlier.
+            tower_states, mask_tower_states (`tuple[torch.Tensor]`, *optional*):
+                What [`encode_tower`] made of `pixel_values` and of `mask_pixel_values`, in their place.
             run_every_module (`bool`, *optional*):
                 Whether modules that the batch does not need run, too, without an effect; by default in training where
                 there are several processes: those whose batches differ in kind would wait for each other.
@@ -305,15 +328,15 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             run_every_module = self.training and several_processes()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("Expected at most one of `pixel_values` and `mm_encoder_outputs`.")
+        if sum(images is not None for images in (pixel_values, tower_states, mm_encoder_outputs)) > 1:
+            raise ValueError("Expected at most one of `pixel_values`, `tower_states` and `mm_encoder_outputs`.")
         given_embeds = inputs_embeds
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        if image_outputs is None and (pixel_values is not None or tower_states is not None):
+            image_outputs = self.get_image_features(pixel_values, tower_states, return_dict=True)
         image_features = mask_features = None
         if image_outputs is not None:
             mask_features = getattr(image_outputs, "mask_features", None)
@@ -335,8 +358,9 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
             unused = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
             mask_features = unused.mask_features
             inputs_embeds = inputs_embeds + 0 * unused.pooler_output.sum().to(inputs_embeds)
-        if mask_pixel_values is not None and self.config.mask_image_size:
-            mask_features = self.get_mask_features(mask_pixel_values)
+        has_finer_images = mask_pixel_values is not None or mask_tower_states is not None
+        if has_finer_images and self.config.mask_image_size:
+            mask_features = self.get_mask_features(mask_pixel_values, mask_tower_states)
             if mask_image_index is not None:
                 mask_features = mask_features[mask_image_index.clamp(min=0)]
         elif mask_features is None and run_every_module:
@@ -450,6 +474,8 @@ class PerceptionGPTForConditionalGeneration(
         signal_embeds: torch.Tensor | None = None,
         signal_embeds_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        tower_states: tuple[torch.Tensor, ...] | None = None,
+        mask_tower_states: tuple[torch.Tensor, ...] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_boxes_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
@@ -512,6 +538,8 @@ class PerceptionGPTForConditionalGeneration(
             signal_embeds=signal_embeds,
             signal_embeds_mask=signal_embeds_mask,
             mm_encoder_outputs=mm_encoder_outputs,
+            tower_states=tower_states,
+            mask_tower_states=mask_tower_states,
             run_every_module=run_every_module,
             return_dict=True,
             **signals,
@@ -533,7 +561,8 @@ class PerceptionGPTForConditionalGeneration(
                 supervised = supervised & (labels.gather(1, positions) != -100)
             # Without labels every signal is predicted, with them those that may have a target.
             names = list(self.model.signals) if labels is None else slots["given"]
-            if self.config.mask_image_size and mask_pixel_values is None and outputs.image_hidden_states is not None:
+            has_finer_images = mask_pixel_values is not None or mask_tower_states is not None
+            if self.config.mask_image_size and not has_finer_images and outputs.image_hidden_states is not None:
                 require_finer_images(self.config, names, slots, supervised if labels is not None else None)
             states = hidden_states.gather(
                 1, (positions - 1).clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[2])

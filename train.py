@@ -38,6 +38,7 @@ from perceptiongpt.training.adapters import (
 from perceptiongpt.training.answers import choose_generation_rows
 from perceptiongpt.training.curves import plot_losses
 from perceptiongpt.training.datasets import load_mixture, load_sources, load_train_rows, pack_rows
+from perceptiongpt.training.features import FeatureCache
 from perceptiongpt.training.recipe import read_recipe
 from perceptiongpt.training.stages import copy_model, finish_stage, plan_stages
 from perceptiongpt.training.trainer import PerceptionTrainer, training_arguments
@@ -56,8 +57,12 @@ def train_jointly(recipe: dict, args: TrainingArguments, resume: str | None) -> 
     eval_rows = load_sources(recipe["data"]["eval"], evaluation=True)
 
     model, processor = load_model(recipe)
+    features, inner_model = None, model.model
     model = add_adapter(model, **recipe["adapter"])
-    collator = PerceptionCollator(processor, model.config, **recipe["collator"])
+    if recipe["data"]["feature_cache"] is not None:
+        computed_in = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(recipe["model"]["dtype"])
+        features = FeatureCache(recipe["data"]["feature_cache"], inner_model, computed_in)
+    collator = PerceptionCollator(processor, model.config, **recipe["collator"], feature_cache=features)
     if train_rows is None:
         train_dataset = load_mixture(recipe, collator, args, resume)
         args.ignore_data_skip = True  # the stream finds its place by itself
@@ -76,6 +81,7 @@ def train_jointly(recipe: dict, args: TrainingArguments, resume: str | None) -> 
         generate_tokens=recipe["data"]["generate_tokens"],
         compute_dtype=model_dtype(recipe),
         guidance_weight=recipe["guidance"]["weight"],
+        feature_cache=features,
     )
     if trainer.is_world_process_zero():
         print_parameter_table(model)

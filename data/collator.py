@@ -27,6 +27,8 @@ IGNORED_LABEL = -100
 CLICK_TASK = "point_to_mask"
 # At inference only boxes are fed back, so an answer is read as its box most of the time.
 READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
+# The keyword of `forward` that stands in for each kind of images.
+TOWER_STATES = {"pixel_values": "tower_states", "mask_pixel_values": "mask_tower_states"}
 AUTO = "auto"
 AUTO_PACK = 8  # questions of an image in a row: see docs/training.md for what more and fewer cost
 
@@ -56,6 +58,7 @@ class PerceptionCollator:
         cache_rows: keep so many processed rows in memory. Draws are made anew each time.
         mask_targets: with `pack`, learn at most so many masks of a packed row, drawn anew in each epoch, of those
             that have another signal, too: decoding masks takes most of a training step. None: all.
+        feature_cache: a `training.features.FeatureCache`, from which images are taken that it has.
 
     Returns (from a call):
         `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, where a row holds several questions, bool
@@ -63,7 +66,9 @@ class PerceptionCollator:
         `pixel_values` (images, 3, S, S); the signals of the processor (B, K, ...), see `forward`, with K = 0 for values
         that no row of the batch has, so that their modules need not run; `boxes_noise` (B, K, 4) float32, such that
         boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask is
-        wanted, and `mask_image_index` (images,), their rows in it or -1.
+        wanted, and `mask_image_index` (images,), their rows in it or -1. With a feature cache `tower_states` stand in
+        for `pixel_values` if it has all images of the batch; otherwise `pixel_values_keys` tell under which keys it
+        wants them. The same for `mask_pixel_values`, with `mask_tower_states` and `mask_pixel_values_keys`.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class PerceptionCollator:
         max_length: int | None = None,
         cache_rows: int = 0,
         mask_targets: int | None = None,
+        feature_cache=None,
     ):
         self.readings, self.weights = parse_readings(
             READ_PROBABILITIES if read_probabilities is None else read_probabilities
@@ -91,7 +97,7 @@ class PerceptionCollator:
             self.pad_token_id = processor.tokenizer.eos_token_id
         self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.window = choose_pack(pack, config)
-        self.is_auto = pack == AUTO
+        self.is_auto, self.feature_cache = pack == AUTO, feature_cache
         self.max_length, self.cache_rows, self.mask_targets = max_length, cache_rows, mask_targets
         self._cache = OrderedDict()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by dataloader workers that live on
@@ -220,7 +226,7 @@ class PerceptionCollator:
         processor, images = self.processor, row_images(rows[0])
         form = chat_form(processor.chat_template, processor.tokenizer)
         fits = form.content == STRING and form.marks_answers and form.ends_answers and not form.problem
-        fits = fits and "enable_thinking" not in processor.chat_template and not processor.mask_image_size
+        fits = fits and "enable_thinking" not in processor.chat_template
         if self.cache_rows or len(rows) == 1 or len(images) != 1 or not fits:
             return [self._process(row) for row in rows]
         first = self._process_row(rows[0])
@@ -361,9 +367,20 @@ class PerceptionCollator:
             batch["position_ids"] = _stack([row["position_ids"] for row in rows], length, 0)
         images = [row["pixel_values"] for row in rows if "pixel_values" in row]
         if images:
-            batch["pixel_values"] = torch.cat(images)
+            self._add_images(batch, "pixel_values", torch.cat(images))
         self._add_mask_images(rows, batch)
         return batch
+
+    def _add_images(self, batch: dict, name: str, pixel_values: torch.Tensor) -> None:
+        """Put images into a batch, or what the tower made of them if the feature cache has them all."""
+        if self.feature_cache is not None:
+            keys = self.feature_cache.keys(pixel_values)
+            states = self.feature_cache.read(keys)
+            if states is not None:
+                batch[TOWER_STATES[name]] = states
+                return
+            batch[f"{name}_keys"] = keys
+        batch[name] = pixel_values
 
     def _add_mask_images(self, rows: list[dict], batch: dict) -> None:
         """Keep the finer pixels of those images only of which a mask is wanted."""
@@ -377,7 +394,7 @@ class PerceptionCollator:
             wanted.append(torch.isin(torch.arange(len(row["mask_pixel_values"])), targets))
         wanted = torch.cat(wanted)
         if wanted.any():
-            batch["mask_pixel_values"] = torch.cat([row["mask_pixel_values"] for row in rows])[wanted]
+            self._add_images(batch, "mask_pixel_values", torch.cat([row["mask_pixel_values"] for row in rows])[wanted])
             batch["mask_image_index"] = (wanted.cumsum(0) - 1).where(wanted, torch.tensor(-1))
 
 

@@ -280,10 +280,15 @@ def packed_scenes(*tasks: str) -> list[list[dict]]:
     return [dataset[index] for index in range(3)]
 
 
-def test_packed_rows_are_encoded_at_once_as_one_by_one(tiny, monkeypatch):
-    model, processor = tiny
+@pytest.mark.parametrize("finer", [None, 64])
+def test_packed_rows_are_encoded_at_once_as_one_by_one(make_tiny_model, monkeypatch, finer):
+    model, processor = make_tiny_model(mask_image_size=finer)
     collator = PerceptionCollator(processor, model.config, pack=6)
+    read = []
+    count = type(processor.image_processor).__call__
+    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *a, **k: read.append(1) or count(*a, **k))
     found = collator(packed_scenes())
+    assert len(read) == (6 if finer else 3)  # each of three images once, at each resolution
     monkeypatch.setattr(collator, "_process_packed", lambda rows: [collator._process(row) for row in rows])
     expected = collator(packed_scenes())
     assert found.keys() == expected.keys()

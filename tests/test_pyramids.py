@@ -63,7 +63,7 @@ def test_every_stage_is_the_last_map_of_its_size(pyramid):
     tower, config = model.model.vision_tower, model.config
     pixels = torch.randn(1, 3, TINY_IMAGE_SIZE, TINY_IMAGE_SIZE)
     outputs = tower(pixels, output_hidden_states=True)
-    _, layers = model.model._vision_layers(pixels)
+    layers = model.model._vision_layers(model.model.encode_tower(pixels)[1])
     for stage, layer in zip(config.vision_stages, layers, strict=True):
         # The tokens of Swin and Hiera, of which the maps must be a view in the right order.
         hidden = outputs.hidden_states[stage["layer"]]

@@ -47,7 +47,15 @@ DEFAULTS = {
     # `train` and `eval`: one source or a list of them: {source: coco, annotations: .., images: .., tasks: [..], ..} or
     # {source: parquet, root: .., split: ..}. `train` may be a mixture instead: see `data/mixtures.py`.
     # Besides the losses, evaluation lets the model answer `generate_rows` direct prompts by itself.
-    "data": {"train": None, "eval": None, "generate_rows": 64, "generate_batch_size": 8, "generate_tokens": 64},
+    # `feature_cache`: a folder for what a frozen vision tower makes of images (`training/features.py`).
+    "data": {
+        "train": None,
+        "eval": None,
+        "generate_rows": 64,
+        "generate_batch_size": 8,
+        "generate_tokens": 64,
+        "feature_cache": None,
+    },
     # The arguments of `PerceptionCollator`. `pack`: the most questions of an image in a row; null: no packing.
     "collator": {
         "seed": 0,
@@ -201,6 +209,8 @@ def stage_recipes(recipe: dict, output: str | Path = "OUTPUT") -> list[tuple[str
                 model = {key: value for key, value in (sections.get("model") or {}).items() if key not in MODEL_ORIGINS}
                 sections["model"] = {**model, "checkpoint": str(Path(output, found[-1][0]))}
             own = {} if KINDS[kind] is None else {kind: importlib.import_module(KINDS[kind]).DEFAULTS}
+            if own and (sections.get("data") or {}).get("feature_cache"):
+                raise ValueError(f"data.feature_cache is for stages of the kind joint; {kind} has no use for it")
             found.append((name, kind, complete_sections(sections, own)))
         except ValueError as error:
             raise ValueError(f"stage {name!r}: {error}") from error
@@ -284,6 +294,11 @@ def check_model(recipe: dict) -> None:
             check_key(f"model.text.{key}", known)
     if model["config"] and not ways[2]:
         raise ValueError("model.config is for joining vision and text; a checkpoint's sizes are fixed")
+    if recipe["data"]["feature_cache"] and recipe["adapter"]["train_vision_tower"]:
+        raise ValueError(
+            "data.feature_cache keeps what a frozen vision tower puts out: leave it out, or set "
+            "adapter.train_vision_tower: false"
+        )
     if mode == "qlora" and not ways[0]:
         raise ValueError("qlora needs model.checkpoint: only a saved model can be loaded in 4 bit")
     if recipe["training"].get("label_smoothing_factor"):

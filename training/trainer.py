@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
-from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator, answer_slots
+from perceptiongpt.data.collator import IGNORED_LABEL, TOWER_STATES, PerceptionCollator, answer_slots
 from perceptiongpt.data.mixtures import Mixture, MixtureCollator
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 from perceptiongpt.training.answers import SCORES, answer_and_score, mean_scores
@@ -54,6 +54,7 @@ class PerceptionTrainer(Trainer):
         generate_batch_size, generate_tokens: how many at a time, and the most tokens of an answer.
         compute_dtype: what is computed in, where the arguments ask for no mixed precision; None for the weights' own.
         guidance_weight: of the loss of the heads that are told where to look (`training/guidance.py`); 0 for none.
+        feature_cache: a `training.features.FeatureCache` that the collator reads, to be filled; or None.
         Others: as `Trainer`; `processing_class` is the processor.
     """
 
@@ -65,6 +66,7 @@ class PerceptionTrainer(Trainer):
         generate_tokens: int = 64,
         compute_dtype: torch.dtype | None = None,
         guidance_weight: float = 0.0,
+        feature_cache=None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -82,6 +84,11 @@ class PerceptionTrainer(Trainer):
         if self.args.label_names is None:
             names = ((signal.plural, signal.valid_name) for signal in self.signals)
             self.label_names = ["labels", *(name for pair in names for name in pair)]
+        self.feature_cache = feature_cache
+        if feature_cache is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "data.feature_cache needs the whole vision tower in each process, which FSDP and DeepSpeed share out"
+            )
         self.guidance, self.guidance_weight = None, guidance_weight
         if guidance_weight:
             if self.args.gradient_checkpointing:
@@ -138,6 +145,7 @@ class PerceptionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the library's; each term is added up for the log."""
+        inputs = self._encode_images(inputs)
         if model.training:
             if self.guidance is not None:
                 self.guidance.watch(inputs)
@@ -159,6 +167,20 @@ class PerceptionTrainer(Trainer):
         terms += outputs["loss_iou"].expand(len(self.signals)).unbind()
         self._eval_sums += torch.stack([term.detach().float() for term in terms])
         return (loss, outputs) if return_outputs else loss
+
+    def _encode_images(self, inputs: dict) -> dict:
+        """Inputs with what the tower makes of images that the feature cache did not have; now it has them."""
+        inputs = dict(inputs)
+        for name, states_name in TOWER_STATES.items():
+            keys = inputs.pop(f"{name}_keys", None)
+            if keys is not None:
+                model = self.accelerator.unwrap_model(self.model)
+                model = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+                model.vision_tower.eval()  # what is kept is not dropped from; the next step makes it train again
+                with torch.no_grad(), self.accelerator.autocast():
+                    _, inputs[states_name] = model.encode_tower(inputs.pop(name))
+                self.feature_cache.write(keys, inputs[states_name])
+        return inputs
 
     def _without_repeated_rows(self, inputs: dict) -> dict:
         """Take the labels off the rows that fill up the last batch over all processes: they were there before."""
