@@ -29,9 +29,9 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
     # Run outside `forward`, so FSDP has to gather the weights for them as it does for `forward`.
     _signal_entry_points = ("get_image_features", "get_mask_features", "encode_signals", "decode_signals", "feed_back")
 
-    def get_mask_features(self, mask_pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_mask_features(self, mask_pixel_values: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """See [`PerceptionGPTModel.get_mask_features`]."""
-        return self.model.get_mask_features(mask_pixel_values)
+        return self.model.get_mask_features(mask_pixel_values, **kwargs)
 
     def encode_signals(self, values: dict, read: dict) -> torch.Tensor:
         """See [`PerceptionGPTModel.encode_signals`]."""
@@ -92,7 +92,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             kwargs["input_ids"] = self._first_token(generation_config or self.generation_config, kwargs)
         given = kwargs.get("input_ids")
         kwargs = self._lay_out(kwargs, prefix)
-        state, kwargs = self._begin_signals(kwargs)
+        state, kwargs = self._begin_signals(kwargs, names)
         if hasattr(kwargs.get("streamer"), "watch"):
             if several_processes():
                 raise ValueError("Objects are streamed by one process alone: other processes would not decode with it.")
@@ -170,7 +170,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         inputs.pop("signal_image_index", None)
         inputs |= {"input_ids": ids[:, :length], "attention_mask": torch.ones_like(ids[:, :length])}
         inputs["past_key_values"] = cache = PrefixCache(config=self.config.get_text_config(decoder=True))
-        state, inputs = self._begin_signals(inputs)
+        state, inputs = self._begin_signals(inputs, self.config.signals)
         self(**self._prefill_inputs(inputs, state)[0])
         state.begin(None, None, 0)
         cache.input_ids, cache.signal_state = ids[:, :length].to(self.device), state
@@ -290,14 +290,18 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 "the cache."
             )
 
-    def _begin_signals(self, kwargs: dict) -> tuple[SignalState, dict]:
-        """Encodes the images and signals of the prompt, each once and before any row is repeated."""
+    def _begin_signals(self, kwargs: dict, names: list[str]) -> tuple[SignalState, dict]:
+        """
+        Encodes the images and signals of the prompt, each once and before any row is repeated; what only signals other
+        than `names` read of the images is left for later.
+        """
         signals = take_signal_inputs(kwargs)
         for name in ("mask_image_index", "signal_image_index"):
             kwargs.pop(name, None)
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        device = tokens.device if self.device.type == "meta" else self.device
+        device = self.device
+        device = tokens.device if device.type == "meta" else device
         ids, embeds = (None, inputs_embeds) if inputs_embeds is not None else (input_ids.to(device), None)
 
         cache = kwargs.get("past_key_values")
@@ -329,25 +333,40 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         else:
             state = SignalState(len(tokens), device)
 
-        vis_mask = self.model.token_mask(ids, embeds, self.config.vis_token_id)
-        image_mask = self.model.token_mask(ids, embeds, self.config.image_token_id)
+        per_image = self.config.image_seq_length
+        if ids is None:
+            image_mask = self.model.token_mask(ids, embeds, self.config.image_token_id)
+            images_per_row = [count // per_image for count in image_mask.sum(1).tolist()]
+            has_vis = bool(self.model.token_mask(ids, embeds, self.config.vis_token_id).any())
+        else:  # counted by the host: it has to know in any case, and asks the device once
+            rows = ids.tolist()
+            images_per_row = [row.count(self.config.image_token_id) // per_image for row in rows]
+            has_vis = any(self.config.vis_token_id in row for row in rows)
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None:
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(pixel_values.to(device), return_dict=True)}
+            wants_masks = any(SIGNALS[name].reads_image for name in names)
+            features = self.get_image_features(
+                pixel_values.to(device), with_mask_features=wants_masks, return_dict=True
+            )
+            kwargs["mm_encoder_outputs"] = {"image": features}
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        images_per_row = torch.div(image_mask.sum(1), self.config.image_seq_length, rounding_mode="floor")
         mask_pixel_values = kwargs.pop("mask_pixel_values", None)
         if self.config.mask_image_size and image_outputs is not None and mask_pixel_values is None:
             raise ValueError(
                 f"The model decodes masks from images at {self.config.mask_image_size} pixels, but `mask_pixel_values` "
                 "is missing; pass what the processor of this checkpoint returns under that name."
             )
-        state.add_images(images_per_row, getattr(image_outputs, "mask_features", None), mask_pixel_values)
+        mask_features = getattr(image_outputs, "mask_features", None)
+        if mask_features is not None:
+            self._settle_mask_features(state)
+        tower_states = getattr(image_outputs, "tower_states", None)
+        state.add_images(images_per_row, mask_features, mask_pixel_values, tower_states)
 
         slots = prepare_slots(self.config, signals, device)
-        if not vis_mask.any():
+        if not has_vis:
             state.begin(None, None, past_length)
             return state, kwargs
+        vis_mask = self.model.token_mask(ids, embeds, self.config.vis_token_id)
         # A `<vis>` that the last call emitted and nothing has read yet takes the box that predicted it.
         waiting = torch.zeros_like(vis_mask[:, 0])
         if past_length and past_length == state.length:
@@ -476,14 +495,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             rows = beam_indices.to(device).long().gather(1, positions).clamp(min=0)
         states = torch.stack(state.states)[positions, rows]
         probabilities = torch.stack(state.probabilities)[positions, rows]
-
-        if num_slots or several_processes():
-            fields = self._decode_states(states, probabilities, rows, valid, state, names)
-        else:  # plain text: nothing to run the decoders for
-            fields = {}
-            for name in names:
-                nothing = SIGNALS[name].pad(self.config, num_sequences, 0, device).float()
-                fields |= SIGNALS[name].to_result(nothing, nothing.new_zeros(num_sequences, 0), probabilities)
+        images = state.image_of_row.to(device)[rows]
+        fields = self._decode_states(states, probabilities, images, valid, state, names)
         output_class = PerceptionGPTGenerateOutput if beam_indices is None else PerceptionGPTGenerateBeamOutput
         return output_class(
             **output,
@@ -497,25 +510,29 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         """What the state before the token of one step is decoded to, for a loop over one row that still runs."""
         state.settle(self.config.vis_token_id)
         states, probabilities = state.states[step][:, None], state.probabilities[step][:, None]
-        rows = torch.zeros(1, 1, dtype=torch.long, device=states.device)
-        return self._decode_states(states, probabilities, rows, torch.ones_like(rows, dtype=torch.bool), state, names)
+        images = state.image_of_row.to(states.device)[:1, None]
+        return self._decode_states(states, probabilities, images, torch.ones_like(images).bool(), state, names)
 
-    def _decode_states(self, states, probabilities, rows, valid, state: SignalState, names: list[str]) -> dict:
+    def _decode_states(self, states, probabilities, images, valid, state: SignalState, names: list[str]) -> dict:
         """
         Values and scores of the signals `names`, under the names that they have in the output of `generate`.
 
         Args:
             states (`torch.Tensor` of shape `(S, K, hidden)`): each predicts a `<vis>`.
-            probabilities, rows, valid (`torch.Tensor` of shape `(S, K)`): p(`<vis>`); the row of the loop that each
-                state comes from; whether it counts.
+            probabilities, images, valid (`torch.Tensor` of shape `(S, K)`): p(`<vis>`); the image that each state
+                speaks of; whether it counts.
         """
-        reads_image = any(SIGNALS[name].reads_image for name in names)
-        image_of_slot = state.image_of_row.to(states.device)[rows]
-        image_features, image_index = self._image_features(state, image_of_slot, valid & reads_image)
-        decoded = self.decode_signals(
-            states.flatten(0, 1), image_features.to(states.device), image_index.flatten(), names=names
-        )
         fields = {}
+        if not valid.shape[1] and not several_processes():  # plain text: nothing to run the decoders for
+            for name in names:
+                nothing = SIGNALS[name].pad(self.config, len(valid), 0, states.device).float()
+                fields |= SIGNALS[name].to_result(nothing, nothing.new_zeros(len(valid), 0), probabilities)
+            return fields
+        image_features = image_index = None
+        if any(SIGNALS[name].reads_image for name in names):
+            image_features, image_index = self._image_features(state, images, valid)
+            image_features, image_index = image_features.to(states.device), image_index.flatten()
+        decoded = self.decode_signals(states.flatten(0, 1), image_features, image_index, names=names)
         for name, parts in decoded.items():
             signal_values, predicted_iou = (part.unflatten(0, valid.shape) for part in parts)
             fields |= SIGNALS[name].to_result(signal_values, predicted_iou, probabilities)
@@ -532,10 +549,18 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                     state.finer_features = wanted, self.get_mask_features(pixel_values)
                 index = torch.searchsorted(wanted, image_of_slot)
                 return state.finer_features[1], torch.where(image_of_slot >= 0, index, -1)
+        self._settle_mask_features(state)
         if state.mask_features is None:
             shape = (0, self.config.mask_cells, self.config.feature_size)
             return torch.zeros(shape, device=image_of_slot.device), torch.full_like(image_of_slot, -1)
         return state.mask_features, image_of_slot
+
+    def _settle_mask_features(self, state: SignalState) -> None:
+        """Makes what masks are decoded from of images for which nobody had asked for it."""
+        if state.tower_states is not None:
+            features = self.get_mask_features(None, tower_states=state.tower_states)
+            old, state.tower_states = state.mask_features, None
+            state.mask_features = features if old is None else torch.cat([old, features])
 
 
 # Settings with which the library turns greedy decoding and sampling into assisted decoding.

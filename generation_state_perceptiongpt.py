@@ -1,6 +1,7 @@
 """What the closed loop of `generate` remembers between its steps, and from one call to the next."""
 
 import copy
+from itertools import accumulate
 
 import torch
 
@@ -16,6 +17,8 @@ class SignalState:
         mask_pixel_values (`torch.Tensor` of shape `(images, 3, S', S')` or `None`): the same, before the finer pass.
         finer_features (`tuple[torch.Tensor, torch.Tensor]` or `None`):
             Which images the last finer pass saw, and their features, in place of `mask_features`.
+        tower_states (`tuple[torch.Tensor]` or `None`): of the images behind those in `mask_features`, if no signal that
+            reads an image was asked for when they came.
         image_of_row (`torch.Tensor` of shape `(rows,)`): the last image of each row, -1 for none.
         prompt_embeds, prompt_replaced: embeddings `(rows, n, hidden)` of the prompt's `<vis>` and the bool mask of
             where they go, over the n prompt tokens that are not in the cache yet; `None` where there are none.
@@ -36,6 +39,7 @@ class SignalState:
         self.mask_features = None
         self.mask_pixel_values = None
         self.finer_features = None
+        self.tower_states = None
         self.image_of_row = torch.full((num_rows,), -1, dtype=torch.long, device=device)
         self.num_images = 0
         self.last_state = None
@@ -64,15 +68,22 @@ class SignalState:
         state.begin(None, None, 0)
         return state
 
-    def add_images(self, images_per_row: torch.Tensor, mask_features, mask_pixel_values) -> None:
+    def add_images(self, images_per_row: list[int], mask_features, mask_pixel_values, tower_states) -> None:
         """Appends the images of a new prompt, rows in order."""
-        last = self.num_images + images_per_row.cumsum(0) - 1
-        self.image_of_row = torch.where(images_per_row > 0, last, self.image_of_row)
-        self.num_images += int(images_per_row.sum())
+        device = self.image_of_row.device
+        last = torch.tensor([self.num_images + seen - 1 for seen in accumulate(images_per_row)], device=device)
+        if not all(images_per_row):
+            last = torch.where(torch.tensor(images_per_row, device=device) > 0, last, self.image_of_row)
+        self.image_of_row = last
+        self.num_images += sum(images_per_row)
         for name, new in (("mask_features", mask_features), ("mask_pixel_values", mask_pixel_values)):
             old = getattr(self, name)
             if new is not None:
                 setattr(self, name, new if old is None else torch.cat([old, new]))
+        if tower_states is not None:
+            old = self.tower_states
+            pairs = None if old is None else zip(old, tower_states, strict=True)
+            self.tower_states = tower_states if pairs is None else tuple(torch.cat(pair) for pair in pairs)
 
     def expand(self, expand_size: int) -> None:
         """Repeats every row, as the library does for beams and returned sequences. Images are not copied."""
@@ -96,15 +107,21 @@ class SignalState:
         """Turns the logits of the last step into p(`<vis>`), or into zeros where nobody will ask for it."""
         if self.pending_logits is None:
             return
-        logits = self.pending_logits.float()
+        logits = self.pending_logits
         if needed:
-            self.probabilities.append((logits[:, vis_token_id] - logits.logsumexp(-1)).exp())
+            self.probabilities.append(vis_probability(logits, vis_token_id))
         else:
-            self.probabilities.append(logits.new_zeros(len(logits)))
+            self.probabilities.append(logits.new_zeros(len(logits), dtype=torch.float32))
         self.pending_logits = None
 
     def reorder(self, beam_idx: torch.Tensor) -> None:
         self.last_state = self.last_state.index_select(0, beam_idx.to(self.last_state.device))
+
+
+def vis_probability(logits: torch.Tensor, vis_token_id: int) -> torch.Tensor:
+    """p(`<vis>`) in float32, of shape `(rows,)`, under raw logits `(rows, vocabulary)`."""
+    logits = logits.float()
+    return (logits[:, vis_token_id] - logits.logsumexp(-1)).exp()
 
 
 def may_skip_feedback(device: torch.device) -> bool:

@@ -6,10 +6,9 @@ that it predicts, so one forward answers.
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from .generation_perceptiongpt import register_entry_points
-from .generation_state_perceptiongpt import SignalState
+from .generation_state_perceptiongpt import SignalState, vis_probability
 from .outputs_perceptiongpt import PerceptionGPTGenerateOutput
 from .prefix_perceptiongpt import attention_from_padding, select_rows
 from .signals_perceptiongpt import SIGNALS
@@ -48,24 +47,39 @@ class GroundingMixin:
         if given is None and embeds is None:
             raise ValueError("`ground` got no prompt: expected `input_ids` or `inputs_embeds`.")
         inputs = self._lay_out(inputs, prefix)
-        state, inputs = self._begin_signals(inputs)
+        state, inputs = self._begin_signals(inputs, names)
         ids = inputs.get("input_ids") if embeds is None else None
         model_inputs, attention_mask = self._prefill_inputs(inputs, state)
         outputs = self(**model_inputs)
-        logits = outputs.logits[:, -1]
-        state.record(outputs.last_hidden_state[:, -1], logits, self.config.vis_token_id)
-        state.settle(self.config.vis_token_id)
+        logits, state.last_state = outputs.logits[:, -1], outputs.last_hidden_state[:, -1]
         cache, state.prefix = outputs.past_key_values, None
         cache.signal_state = state
-        tokens = logits.float().argmax(-1)
+        tokens = logits.argmax(-1)
         state.length, state.from_beams, state.unfed_tokens = int(cache.get_seq_length()), False, tokens
         prompts = tokens.new_zeros(len(tokens), 0) if given is None else given
         sequences = torch.cat([prompts, tokens[:, None].to(prompts.device)], dim=1)
-        output = GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
-        output = self._add_objects(output, state, prompts.shape[1], names)
+        fields = self._first_objects(state, logits, tokens, prompts.shape[1], names)
+        output = PerceptionGPTGenerateOutput(sequences=sequences, past_key_values=cache, **fields)
         if max_new_tokens > 1:
             output = self._continue_texts(output, ids, attention_mask, max_new_tokens, names)
         return output
+
+    def _first_objects(self, state: SignalState, logits, tokens, prompt_length: int, names) -> dict:
+        """
+        The objects of rows whose first token is `<vis>`, as fields of the output: [`_add_objects`] of a single step.
+
+        Args:
+            logits (`torch.Tensor` of shape `(rows, vocabulary)`), tokens (`torch.Tensor` of shape `(rows,)`)
+        """
+        vis_token_id = self.config.vis_token_id
+        valid = (tokens == vis_token_id)[:, None]
+        states, images = state.last_state[:, None], state.image_of_row.to(tokens.device)[:, None]
+        probabilities = vis_probability(logits, vis_token_id)[:, None]
+        if vis_token_id not in tokens.tolist():
+            valid, states, images, probabilities = (part[:, :0] for part in (valid, states, images, probabilities))
+        fields = self._decode_states(states, probabilities, images, valid, state, names)
+        positions = torch.where(valid, prompt_length, -1)
+        return {**fields, "object_valid": valid, "positions": positions, "prompt_length": prompt_length}
 
     def _prefill_inputs(self, inputs: dict, state: SignalState) -> tuple[dict, torch.Tensor]:
         """
@@ -78,7 +92,7 @@ class GroundingMixin:
         mm_encoder_outputs = inputs.pop("mm_encoder_outputs", None)
         if inputs:
             raise ValueError(f"`ground` does not take {', '.join(f'`{name}`' for name in inputs)}.")
-        device = self.device
+        device = state.image_of_row.device
         tokens = (ids if embeds is None else embeds).to(device)
         if cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))

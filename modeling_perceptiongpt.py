@@ -212,7 +212,11 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None, tower_states: tuple[torch.Tensor, ...] | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None,
+        tower_states: tuple[torch.Tensor, ...] | None = None,
+        with_mask_features: bool = True,
+        **kwargs,
     ) -> PerceptionGPTImageFeatures:
         """
         Encodes images, each with one pass of the tower.
@@ -220,6 +224,8 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`)
             tower_states (`tuple[torch.Tensor]`, *optional*): what [`encode_tower`] made of the images; it is not run.
+            with_mask_features (`bool`, defaults to `True`):
+                Whether to compute what the mask decoder reads; if not, the result has `tower_states` to do so later.
             kwargs: for the tower, such as `output_hidden_states` and `output_attentions`.
         """
         wants_states = kwargs.get("output_hidden_states")
@@ -229,13 +235,15 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
         if tower_states is None:
             outputs, tower_states = self.encode_tower(pixel_values, **kwargs)
         layers = self._vision_layers(tower_states)
+        reads_masks_here = not self.config.mask_image_size  # and not from finer images
         features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
         return PerceptionGPTImageFeatures(
             last_hidden_state=layers[-1],
             pooler_output=self.multi_modal_projector(features),
             hidden_states=getattr(outputs, "hidden_states", None) if wants_states else None,
             attentions=getattr(outputs, "attentions", None),
-            mask_features=None if self.config.mask_image_size else self._mask_features(layers),
+            mask_features=self._mask_features(layers) if reads_masks_here and with_mask_features else None,
+            tower_states=tower_states if reads_masks_here and not with_mask_features else None,
         )
 
     def get_mask_features(

@@ -1,5 +1,6 @@
 """What `forward` and `generate` return."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +11,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from .signals_perceptiongpt import with_signal_fields
 
 
+class QuickFields:
+    """
+    Base class of outputs whose fields are set as fast as others: a `ModelOutput` lists all its fields for each value
+    that it is given, which takes longer than a layer of a small model where there are twenty.
+    """
+
+    def __setattr__(self, name, value):
+        if value is not None and name in self.__dataclass_fields__:
+            OrderedDict.__setitem__(self, name, value)
+        object.__setattr__(self, name, value)
+
+
 @dataclass
-class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
+class PerceptionGPTImageFeatures(QuickFields, BaseModelOutputWithPooling):
     r"""
     pooler_output (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`):
         What stands in for the `<image>` tokens of each image.
     mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`):
         What the mask decoder reads, from the same pass of the tower; `None` where the config has a finer mask path.
+    tower_states (`tuple[torch.Tensor]`, *optional*):
+        What `mask_features` can be made of, where they were not asked for.
     """
 
     mask_features: torch.Tensor | None = None
+    tower_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
+class PerceptionGPTModelOutputWithPast(QuickFields, BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`, *optional*):
         The projected features of the images.
@@ -37,7 +53,7 @@ class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
 
 @with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
 @dataclass
-class PerceptionGPTOutputWithPast(ModelOutput):
+class PerceptionGPTOutputWithPast(QuickFields, ModelOutput):
     r"""
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
         The sum of the terms below, each already weighted (paper, equations 2 to 5).
@@ -110,10 +126,10 @@ class SignalGenerateFields:
 
 
 @dataclass
-class PerceptionGPTGenerateOutput(SignalGenerateFields, GenerateDecoderOnlyOutput):
+class PerceptionGPTGenerateOutput(QuickFields, SignalGenerateFields, GenerateDecoderOnlyOutput):
     pass
 
 
 @dataclass
-class PerceptionGPTGenerateBeamOutput(SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
+class PerceptionGPTGenerateBeamOutput(QuickFields, SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
     pass

@@ -68,10 +68,11 @@ class BoxDecoder(StateMLP):
         outputs = super().forward(states)
         # Size first, then where in the room that the size leaves: no clamp, so a box at the border keeps its gradient.
         # The room is sigmoid(-x), not 1 - sigmoid(x), which float32 rounds to 0 for a box that fills the square.
-        room = (1 - SMALLEST_SIDE) * (-outputs[..., 0:2]).sigmoid()
-        top_left = room * outputs[..., 2:4].sigmoid()
-        bottom_right = 1 - room * (-outputs[..., 2:4]).sigmoid()
-        return torch.cat([top_left, bottom_right], dim=-1), outputs[..., 4].sigmoid()
+        shares, others = outputs.sigmoid(), (-outputs).sigmoid()
+        room = (1 - SMALLEST_SIDE) * others[..., 0:2]
+        top_left = room * shares[..., 2:4]
+        bottom_right = 1 - room * others[..., 2:4]
+        return torch.cat([top_left, bottom_right], dim=-1), shares[..., 4]
 
 
 def box_iou_and_giou(boxes: torch.Tensor, other_boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

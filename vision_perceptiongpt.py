@@ -107,10 +107,10 @@ class FeatureMixture(nn.Module):
             base = torch.zeros_like(weights)
             base[self.initial_layer] = 1.0
             weights = base + self.gate.float() * (weights - base)
-        weights = weights.to(layers[0].dtype)
-        mixture = weights[0] * layers[0]
-        for index, layer in enumerate(layers[1:], start=1):
-            mixture = mixture + weights[index] * layer
+        first, *others = weights.to(layers[0].dtype).unbind()
+        mixture = first * layers[0]
+        for weight, layer in zip(others, layers[1:], strict=True):
+            mixture = torch.addcmul(mixture, weight, layer)
         return mixture
 
 

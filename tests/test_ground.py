@@ -92,6 +92,26 @@ def test_each_row_alone_and_only_some_signals(pointing):
     assert boxes.mask_logits is None and boxes.boxes.shape[1] > 0
 
 
+def test_masks_can_be_asked_for_after_boxes(pointing):
+    """What they are decoded from is made when a later call on the cache wants it, of old images and new ones."""
+    model, _ = pointing
+    inputs, _ = batch_and_singles()
+    count, made = model.model.mask_mixture.register_forward_hook, []
+    handle = count(lambda module, inputs, output: made.append(len(output)))
+    first = model.ground(**inputs, signals=["box"])
+    assert not made
+    new = {**inputs, "input_ids": torch.cat([first.sequences, inputs["input_ids"]], dim=1)}
+    new["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(5, 1), inputs["attention_mask"]], 1).long()
+    outputs = []
+    for names in (["box"], ["box", "mask", "point"]):
+        cache = model.ground(**inputs, signals=names).past_key_values
+        outputs.append(model.generate(**new, past_key_values=cache, max_new_tokens=8, return_dict_in_generate=True))
+    handle.remove()
+    assert made == [5, 5, 5, 5]  # 5 images in each prompt: of the first prompt late, and at once
+    assert outputs[0].object_valid.any()
+    check_same(*outputs)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 6])
 @pytest.mark.parametrize("whole", [True, False])
 def test_generate_goes_on_from_it(pointing, steps, whole):
