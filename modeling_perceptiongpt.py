@@ -7,6 +7,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -506,7 +507,9 @@ class PerceptionGPTForConditionalGeneration(
             num_boxes_in_batch, num_masks_in_batch, num_points_in_batch (`int` or `torch.Tensor`, *optional*):
                 Likewise for boxes, masks and points. By default those of this batch; then the mean over them counts for
                 as large a share of the step as the batch has of the step's tokens.
-            logits_to_keep (`int`, defaults to 0): compute logits for the last positions only; 0 for all.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Compute logits for the last positions only, 0 for all, or for those of an index. With labels the loss is
+                that of the tokens behind these positions.
         """
         if labels is None and num_items_in_batch is not None:
             raise ValueError(
@@ -597,7 +600,11 @@ class PerceptionGPTForConditionalGeneration(
                 fields |= dict(zip(SIGNALS[name].prediction_names, parts, strict=True))
         if labels is not None:
             loss_lm = self.config.lm_loss_weight * self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept],
             )
             share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
             terms, loss_iou = signal_losses(self.config, decoded, slots, supervised, counts, share, chosen)

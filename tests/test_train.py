@@ -101,6 +101,32 @@ def test_accumulation_equals_one_batch(tiny_model_dir, tmp_path, whole_batch):
     assert_same_step(whole_batch, accumulated)
 
 
+def test_logits_are_computed_where_a_token_is_learned(tiny_model_dir, tmp_path):
+    """The losses and gradients are those of `forward` on the whole rows."""
+    model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir).train()
+    processor = PerceptionGPTProcessor.from_pretrained(tiny_model_dir)
+    trainer = PerceptionTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), **TRAINING_DEFAULTS, use_cpu=True),
+        data_collator=PerceptionCollator(processor, model.config, pack="auto"),
+        processing_class=processor,
+    )
+    batch, positions, found = trainer.data_collator(rows_with_targets(2)), [], []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: positions.append(inputs[0].shape[1]))
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    for loss in (lambda: model(**batch).loss, lambda: trainer.compute_loss(model, batch, num_items_in_batch=tokens)):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        found.append(
+            (value.detach(), model.lm_head.weight.grad, model.model.multi_modal_projector.linear_1.weight.grad)
+        )
+    for whole, kept in zip(*found, strict=True):
+        torch.testing.assert_close(whole, kept, atol=1e-6, rtol=1e-4)
+    learned = (batch["labels"] != -100).any(0).sum()
+    assert positions == [batch["labels"].shape[1], learned] and learned < 0.5 * batch["labels"].shape[1]
+
+
 def test_every_parameter_the_loss_can_reach_gets_a_gradient(tiny_model_dir, whole_batch):
     model = PerceptionGPTForConditionalGeneration.from_pretrained(tiny_model_dir)
     training.add_adapter(model, "full", train_vision_tower=True)

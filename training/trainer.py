@@ -146,6 +146,10 @@ class PerceptionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the library's; each term is added up for the log."""
         inputs = self._encode_images(inputs)
+        if "labels" in inputs and (model.training or self.args.prediction_loss_only):
+            # No logits where nothing is learned from them, such as at the tokens of images, most of a row.
+            learned = (inputs["labels"][:, 1:] != IGNORED_LABEL).any(0)
+            inputs["logits_to_keep"] = learned.nonzero()[:, 0]
         if model.training:
             if self.guidance is not None:
                 self.guidance.watch(inputs)
