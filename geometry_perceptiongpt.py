@@ -73,9 +73,14 @@ def mask_coverage(mask: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = mask.shape
     side, top, left = letterbox(height, width)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros((size, size))
+    # Most masks are small: what lies around the object is left out.
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     # By running sums: in the workers of a data loader, products of small matrices wait for numpy's threads.
-    lit = _sum_over_cells(_sum_over_cells(mask, size, side, top).T, size, side, left).T
-    return lit * (size / side) ** 2
+    lit = _sum_over_cells(mask, size, side, top + int(rows[0]))
+    return _sum_over_cells(lit.T, size, side, left + int(columns[0])).T * (size / side) ** 2
 
 
 def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:

@@ -29,7 +29,9 @@ from perceptiongpt.data.mixtures import DrawnPart, Mixture, MixtureCollator, Par
 from perceptiongpt.data.prepare import prepare
 from perceptiongpt.data.schema import POINT_TASKS, TASKS
 from perceptiongpt.data.sources import prepared_files
+from perceptiongpt.training.datasets import load_mixture, stream_file
 from perceptiongpt.training.recipe import complete_recipe
+from perceptiongpt.training.trainer import training_arguments
 from processes import run_two_processes
 
 
@@ -164,6 +166,23 @@ def test_resuming_with_dataloader_workers(folders, used):
         next(iter(resumed))
     with pytest.raises(ValueError, match="saved by 1 processes.*by 2"):
         Mixture(parts_of(folders), processes=2).load_state_dict(cut.state_dict())
+
+
+@pytest.mark.parametrize(("left_with", "given", "goes_on_with"), [(3, None, 3), (1, None, 0), (3, 2, 2)])
+def test_a_stream_goes_on_with_as_many_workers(tmp_path, tiny_model, left_with, given, goes_on_with):
+    """Whatever the default is by then; a number in the recipe is refused later if it is another."""
+    model, processor = tiny_model
+    recipe = {
+        "model": {"checkpoint": "x"},
+        "data": {"train": {"mixture": [{"source": "scenes"}]}},
+        "training": {"max_steps": 1, "use_cpu": True, **({} if given is None else {"dataloader_num_workers": given})},
+    }
+    recipe = complete_recipe(recipe)
+    state = {"processes": 1, "workers": left_with, "next_worker": 0, "states": {}}
+    stream_file(tmp_path, 0).write_text(json.dumps(state))
+    args = training_arguments(recipe, tmp_path)
+    load_mixture(recipe, PerceptionCollator(processor, model.config), args, str(tmp_path))
+    assert args.dataloader_num_workers == goes_on_with
 
 
 @pytest.mark.parametrize("pack", [None, 3])

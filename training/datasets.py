@@ -62,7 +62,11 @@ def load_mixture(
         args.world_size,
     )
     if checkpoint is not None:
-        mixture.load_state_dict(json.loads(stream_file(checkpoint, args.process_index).read_text()))
+        state = json.loads(stream_file(checkpoint, args.process_index).read_text())
+        if "dataloader_num_workers" not in recipe["training"] and state["workers"] is not None:
+            # Only as many workers as left a stream can take it up; one is as good as none.
+            args.dataloader_num_workers = state["workers"] if state["workers"] > 1 else 0
+        mixture.load_state_dict(state)
     return mixture
 
 

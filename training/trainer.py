@@ -26,6 +26,7 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
 }
+LOADER_WORKERS = 4  # beside an accelerator, which must not wait for images; on a CPU they would take its cores
 HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "hub_token")
 
 
@@ -39,6 +40,7 @@ def training_arguments(recipe: dict, output: str | Path) -> TrainingArguments:
         **TRAINING_DEFAULTS,
         "use_cpu": not has_accelerator,  # bf16 asks for it
         "dataloader_pin_memory": has_accelerator,
+        "dataloader_num_workers": min(LOADER_WORKERS, (os.cpu_count() or 1) - 1) if has_accelerator else 0,
         "disable_tqdm": not sys.stderr.isatty(),  # a log file would get a line a step
     }
     # Publishing is not the library's: it would upload checkpoints while they change. `train` does it at the end.
