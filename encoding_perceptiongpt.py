@@ -1,11 +1,18 @@
 """The signal modules of a model, and the three ways in which they run: values in, values out, and back in."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS
 from .slots_perceptiongpt import several_processes
+
+
+def without_autocast(device: torch.device):
+    """A context in which autocast is off; entering `torch.autocast` where it is off anyway takes as long as a layer."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class SignalModulesMixin:
@@ -52,7 +59,7 @@ class SignalModulesMixin:
         """
         total, count = 0, 0
         # Outside autocast: bfloat16 coordinates would fall into bins.
-        with torch.autocast(next(iter(values.values())).device.type, enabled=False):
+        with without_autocast(next(iter(values.values())).device):
             for name, value in values.items():
                 chosen = self.chosen_slots(name, read[name])
                 if chosen is None:
@@ -104,7 +111,7 @@ class SignalModulesMixin:
             quality `(N,)`.
         """
         decoded = {}
-        with torch.autocast(states.device.type, enabled=False):
+        with without_autocast(states.device):
             for name, signal in self.signals.items():
                 if names is None or name in names:
                     index = (chosen or {}).get(name)
@@ -122,7 +129,7 @@ class SignalModulesMixin:
         same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
         back: the box alone, unless another one says so.
         """
-        with torch.autocast(states.device.type, enabled=False):
+        with without_autocast(states.device):
             fed_back = [signal for signal in self.signals.values() if signal.fed_back]
             embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
             return sum(embeddings) / len(embeddings)

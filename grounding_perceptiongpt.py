@@ -51,13 +51,13 @@ class GroundingMixin:
         ids = inputs.get("input_ids") if embeds is None else None
         model_inputs, attention_mask = self._prefill_inputs(inputs, state)
         outputs = self(**model_inputs)
-        logits, state.last_state = outputs.logits[:, -1], outputs.last_hidden_state[:, -1]
+        logits, state.last_state = outputs.logits.squeeze(1), outputs.last_hidden_state.squeeze(1)
         cache, state.prefix = outputs.past_key_values, None
         cache.signal_state = state
-        tokens = logits.argmax(-1)
-        state.length, state.from_beams, state.unfed_tokens = int(cache.get_seq_length()), False, tokens
-        prompts = tokens.new_zeros(len(tokens), 0) if given is None else given
-        sequences = torch.cat([prompts, tokens[:, None].to(prompts.device)], dim=1)
+        tokens = logits.argmax(-1, keepdim=True)
+        state.length, state.from_beams, state.unfed_tokens = int(cache.get_seq_length()), False, tokens.squeeze(1)
+        prompts = tokens[:, :0] if given is None else given
+        sequences = torch.cat([prompts, tokens.to(prompts.device)], dim=1)
         fields = self._first_objects(state, logits, tokens, prompts.shape[1], names)
         output = PerceptionGPTGenerateOutput(sequences=sequences, past_key_values=cache, **fields)
         if max_new_tokens > 1:
@@ -69,13 +69,13 @@ class GroundingMixin:
         The objects of rows whose first token is `<vis>`, as fields of the output: [`_add_objects`] of a single step.
 
         Args:
-            logits (`torch.Tensor` of shape `(rows, vocabulary)`), tokens (`torch.Tensor` of shape `(rows,)`)
+            logits (`torch.Tensor` of shape `(rows, vocabulary)`), tokens (`torch.Tensor` of shape `(rows, 1)`)
         """
         vis_token_id = self.config.vis_token_id
-        valid = (tokens == vis_token_id)[:, None]
+        valid = tokens == vis_token_id
         states, images = state.last_state[:, None], state.image_of_row.to(tokens.device)[:, None]
         probabilities = vis_probability(logits, vis_token_id)[:, None]
-        if vis_token_id not in tokens.tolist():
+        if [vis_token_id] not in tokens.tolist():
             valid, states, images, probabilities = (part[:, :0] for part in (valid, states, images, probabilities))
         fields = self._decode_states(states, probabilities, images, valid, state, names)
         positions = torch.where(valid, prompt_length, -1)
@@ -103,7 +103,7 @@ class GroundingMixin:
                 else tokens.new_ones(tokens.shape[:2], dtype=torch.long)
             )
         attention_mask = attention_mask.to(device)
-        padded = not bool((attention_mask == 1).all())
+        padded = not bool(attention_mask.all())
         if position_ids is None and padded:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         if attention_mask.shape[1] == tokens.shape[1]:

@@ -15,7 +15,7 @@ from perceptiongpt import PerceptionGPTForConditionalGeneration
 from perceptiongpt import train as training
 from perceptiongpt.training import recipe as recipes
 from perceptiongpt.training.recipe import complete_recipe, read_recipe, stage_recipes
-from perceptiongpt.training.stages import last_checkpoint
+from perceptiongpt.training.stages import last_checkpoint, plan_stages
 
 
 class Killed(RuntimeError):
@@ -61,6 +61,19 @@ def make_recipe(coco_folder, checkpoint: str, stages: list[dict]) -> dict:
 
 def weights(folder) -> dict:
     return PerceptionGPTForConditionalGeneration.from_pretrained(folder).state_dict()
+
+
+def test_a_stage_goes_on_with_the_packing_it_began_with(tmp_path):
+    """Outputs of a time when rows were not packed by default have no `pack` in their recipe, only in the stage's."""
+    checkpoint = tmp_path / "first/checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    recipe = make_recipe(tmp_path, "x", [{"name": "first"}, {"name": "second"}])
+    (tmp_path / "first/recipe.yaml").write_text(yaml.safe_dump({"collator": {"pack": None}}))
+    packs = [stage.recipe["collator"]["pack"] for stage in plan_stages(recipe, tmp_path, resume=True)]
+    assert packs == [None, "auto"]
+    recipe["stages"][0]["collator"] = {"pack": 4}
+    assert plan_stages(recipe, tmp_path, resume=True)[0].recipe["collator"]["pack"] == 4
 
 
 def assert_equal(first: dict, second: dict) -> None:

@@ -45,7 +45,7 @@ from pathlib import Path
 
 from perceptiongpt.training.curves import plot_losses
 from perceptiongpt.training.datasets import stream_file
-from perceptiongpt.training.recipe import KINDS, stage_recipes
+from perceptiongpt.training.recipe import KINDS, read_yaml, stage_recipes
 
 
 FINISHED = "stages.json"  # the names of the finished stages
@@ -95,10 +95,15 @@ def plan_stages(recipe: dict, output: Path, resume: bool) -> list[Stage]:
         return [Stage(None, "joint", recipe, output, checkpoint)]
     finished = json.loads((output / FINISHED).read_text()) if (output / FINISHED).is_file() else []
     stages = []
-    for name, kind, own in stage_recipes(recipe, output):
+    for given, (name, kind, own) in zip(recipe["stages"], stage_recipes(recipe, output), strict=True):
         folder = output / name
         check_unused(folder, resume)
-        stages.append(Stage(name, kind, own, folder, last_checkpoint(folder, own), name in finished))
+        checkpoint, begun_with = last_checkpoint(folder, own), folder / "recipe.yaml"
+        says_pack = any("pack" in (sections.get("collator") or {}) for sections in (recipe, given))
+        if checkpoint is not None and not says_pack and begun_with.is_file():
+            # The default has changed: a stage goes on with the rows that it began with.
+            own["collator"]["pack"] = read_yaml(begun_with)["collator"]["pack"]
+        stages.append(Stage(name, kind, own, folder, checkpoint, name in finished))
     check_unused(output, resume)
     if resume and not any(stage.is_finished or stage.checkpoint for stage in stages):
         raise ValueError(f"--resume: no stage in {output} is finished or has a complete checkpoint-*")
