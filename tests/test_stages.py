@@ -162,7 +162,7 @@ def test_what_a_stage_takes_from_the_recipe(coco_folder):
     assert one["model"]["checkpoint"] == "start" and two["model"]["checkpoint"] == "out/one"
     assert one["model"]["dtype"] == two["model"]["dtype"] == "bfloat16"
     assert one["data"]["train"] == [{"source": "scenes"}] and "annotations" in two["data"]["train"][0]
-    assert (one["collator"]["pack"], two["collator"]["pack"], two["collator"]["box_jitter"]) == (None, 4, 0.02)
+    assert (one["collator"]["pack"], two["collator"]["pack"], two["collator"]["box_jitter"]) == ("auto", 4, 0.02)
 
 
 def test_example_in_the_documentation():
