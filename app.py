@@ -26,7 +26,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from transformers import (
     AutoModelForImageTextToText,
@@ -419,7 +419,7 @@ def object_colors(objects: list[dict]) -> list[str]:
 
 def text_color(color: str) -> str:
     """Black or white, whichever can be read on a colour."""
-    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    red, green, blue = ImageColor.getrgb(color)
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > DARK_TEXT_ABOVE else "#FFFFFF"
 
 
@@ -427,8 +427,8 @@ def tint(pixels: np.ndarray, mask: np.ndarray, color: str) -> None:
     """Lay a colour over the pixels of a mask that may have another size."""
     size = pixels.shape[1::-1]
     inside = np.asarray(Image.fromarray(np.asarray(mask, dtype=bool)).resize(size, Image.Resampling.NEAREST))
-    shade = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
-    pixels[inside] = (pixels[inside] * (1 - MASK_OPACITY) + shade * MASK_OPACITY).astype(np.uint8)
+    shade = np.array(ImageColor.getrgb(color)) * MASK_OPACITY
+    pixels[inside] = (pixels[inside] * (1 - MASK_OPACITY) + shade).astype(np.uint8)
 
 
 def draw(
@@ -459,8 +459,7 @@ def draw(
         drawing.rectangle(box, outline=GIVEN_EDGE, width=line + 2)
         drawing.rectangle([box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1], outline=GIVEN_COLOR, width=line)
     for found, color in zip(objects, colors, strict=True):
-        if found.get("box") is not None:
-            drawing.rectangle([value * scale for value in found["box"]], outline=color, width=line)
+        drawing.rectangle([value * scale for value in found["box"]], outline=color, width=line)
         if found.get("point") is not None:
             dot(drawing, [value * scale for value in found["point"]], 2 * line, color)
     font = ImageFont.load_default(max(14, round(min(size) * 0.03)))
@@ -516,12 +515,15 @@ def marked(text: str, color: str) -> str:
     return f'<span style="{style}">{literal(text)}</span>'
 
 
+def rounded(coordinates: list[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in coordinates)
+
+
 def question_markup(turn: Turn) -> str:
     """A question, with its region in white."""
     if not turn.region:
         return literal(turn.question)
-    names = [f"box {', '.join(f'{value:.0f}' for value in turn.region['box'])}"] if "box" in turn.region else []
-    names += [f"point {', '.join(f'{value:.0f}' for value in turn.region['point'])}"] if "point" in turn.region else []
+    names = [f"{name} {rounded(turn.region[name])}" for name in ("box", "point") if name in turn.region]
     names += ["painted mask"] if "mask" in turn.region else []
     question = turn.question if REGION_PLACEHOLDER in turn.question else f"{turn.question} {REGION_PLACEHOLDER}"
     return marked(" and ".join(names), GIVEN_COLOR).join(literal(part) for part in question.split(REGION_PLACEHOLDER))
@@ -635,10 +637,8 @@ def region_text(session: Session | None) -> str:
     if session is None or not session.clicks:
         return "No box and no point."
     if session.box is None:
-        return (
-            f"Point {', '.join(f'{value:.0f}' for value in session.clicks[0])}; for a box, click the opposite corner."
-        )
-    return f"Box {', '.join(f'{value:.0f}' for value in session.box)}"
+        return f"Point {rounded(session.clicks[0])}; for a box, click the opposite corner."
+    return f"Box {rounded(session.box)}"
 
 
 def plain_editor(session: Session | None) -> dict | None:
