@@ -462,11 +462,11 @@ def draw(
         drawing.rectangle([value * scale for value in found["box"]], outline=color, width=line)
         if found.get("point") is not None:
             dot(drawing, [value * scale for value in found["point"]], 2 * line, color)
-    font = ImageFont.load_default(max(14, round(min(size) * 0.03)))
+    font, taken = ImageFont.load_default(max(14, round(min(size) * 0.03))), []
     for number, (found, color) in enumerate(zip(objects, colors, strict=True), 1):
         # The font that comes with PIL has Latin letters only; the number leads to the phrase in any case.
         phrase = found["phrase"] if found["phrase"] and found["phrase"].isascii() else ""
-        label(drawing, f"{number} {phrase}".rstrip(), [value * scale for value in found["box"][:2]], font, color)
+        label(drawing, f"{number} {phrase}".rstrip(), [value * scale for value in found["box"][:2]], font, color, taken)
     for corner in [region["point"], *clicks] if "point" in region else clicks:
         dot(drawing, [value * scale for value in corner], 2 * line, GIVEN_COLOR)
     return canvas
@@ -477,15 +477,29 @@ def dot(drawing: ImageDraw.ImageDraw, center: list[float], radius: float, color:
     drawing.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color, outline=GIVEN_EDGE, width=2)
 
 
-def label(drawing: ImageDraw.ImageDraw, text: str, corner: list[float], font, color: str) -> None:
-    """A text on its colour, above the upper left corner of a box, or in it where there is no room."""
+def label(drawing: ImageDraw.ImageDraw, text: str, corner: list[float], font, color: str, taken: list[list]) -> None:
+    """A text on its colour, above the upper left corner of a box, or lower where there is no room.
+
+    Args:
+        drawing: of the image.
+        text: the label.
+        corner: xy of the box.
+        font: of PIL.
+        color: of the box.
+        taken: xyxy of the labels that are there; this one is added.
+    """
     width, height = drawing.im.size
     left, top, right, bottom = drawing.textbbox((0, 0), text, font=font)
     padding = 3
     box_width, box_height = right - left + 2 * padding, bottom - top + 2 * padding
     x = max(0, min(corner[0], width - box_width))
-    y = corner[1] - box_height if corner[1] >= box_height else max(0, min(corner[1], height - box_height))
-    drawing.rectangle([x, y, x + box_width, y + box_height], fill=color)
+    y = max(0, min(corner[1] - box_height, height - box_height))
+    while y + 2 * box_height < height and any(
+        x < x1 and x0 < x + box_width and y < y1 and y0 < y + box_height for x0, y0, x1, y1 in taken
+    ):
+        y += box_height
+    taken.append([x, y, x + box_width, y + box_height])
+    drawing.rectangle(taken[-1], fill=color)
     drawing.text((x + padding - left, y + padding - top), text, font=font, fill=text_color(color))
 
 

@@ -112,6 +112,10 @@ class Browser:
         pointer = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": steps}
         self.call("POST", "/actions", {"actions": [pointer]})
 
+    def download_into(self, folder: Path) -> None:
+        parameters = {"behavior": "allow", "downloadPath": str(folder)}
+        self.call("POST", "/goog/cdp/execute", {"cmd": "Browser.setDownloadBehavior", "params": parameters})
+
     def screenshot(self, path: str | Path) -> None:
         Path(path).write_bytes(base64.b64decode(self.call("GET", "/screenshot")))
 
