@@ -390,6 +390,13 @@ def test_which_checkpoint_is_opened(tmp_path, monkeypatch):
         app.main(["--model", str(tmp_path)])
 
 
+def test_the_page_of_docs_names_these_limits():
+    page = (ROOT / "docs/app.md").read_text(encoding="utf-8")
+    size, letters, tokens = f"{app.MOST_MEGAPIXELS} megapixels (50 MB)", app.MOST_LETTERS, app.MOST_NEW_TOKENS
+    assert f"Images have at most {size}, questions {letters} letters, answers {tokens} tokens" in page
+    assert app.LARGEST_FILE == "50mb" and app.SECONDS_KEPT == 3600
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
