@@ -680,7 +680,8 @@ def build(assistant: Assistant) -> gr.Blocks:
                             buttons=["fullscreen"], elem_id="shown",
                         )  # fmt: skip
                         box_text = gr.Markdown(region_text(None), elem_id="box_text")
-                    with gr.Tab("Mask"):
+                    # Rendered from the start: what is set before an editor is there does not appear in it.
+                    with gr.Tab("Mask", render_children=True):
                         editor = gr.ImageEditor(
                             label="Paint over what you mean", type="pil", sources=(), transforms=(), layers=False,
                             brush=gr.Brush(default_size=24, colors=[GIVEN_COLOR], color_mode="fixed"),

@@ -5,6 +5,7 @@ Debian's packages `chromium` and `chromium-driver` are all that it takes: the pr
 
 import base64
 import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from processes import free_port
 
@@ -56,8 +60,10 @@ class Element:
         """Type into it; into a file input, the path of a file."""
         self.call("POST", "value", {"text": text})
 
-    def attribute(self, name: str) -> str | None:
-        return self.call("GET", f"attribute/{name}")
+    def picture(self) -> np.ndarray:
+        """What it looks like: RGB, `(height, width, 3)`."""
+        content = base64.b64decode(self.call("GET", "screenshot"))
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
 class Browser:

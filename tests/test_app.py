@@ -446,6 +446,9 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
 
     question.type("Find the cup." + enter)
     toast("Upload an image first")
+    browser.wait(lambda: browser.find("#examples tbody tr"), "examples")[1].click()
+    browser.wait(lambda: "cat.jpg" in browser.one("#file").text and browser.find("#shown img"), "an example")
+    browser.wait(lambda: browser.run("return arguments[0].value", question) == app.EXAMPLES[1][1], "its question")
     (tmp_path / "text.png").write_text("not an image")
     upload(tmp_path / "text.png")
     toast("not an image that can be read")
@@ -472,7 +475,12 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     _, masks = browser.find("button[role=tab]")
     masks.click()
     canvas = browser.wait(lambda: browser.find("#editor canvas"), "the editor")[0]
-    time.sleep(2)  # it fits the image to the page once more
+
+    def red_pixels() -> bool:
+        red, green, _ = np.moveaxis(browser.one("#editor").picture(), -1, 0)
+        return (red - green > 200).sum() > 1000
+
+    browser.wait(red_pixels, "the image in the editor")
     browser.drag(canvas, (0.45, 0.5), (0.5, 0.5), (0.55, 0.55))
     time.sleep(1)
     question.type("And <region>?" + enter)
