@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test test-slow lint bench
+.PHONY: install demo app test test-slow lint bench
 
 install: .venv/.installed
 
@@ -15,6 +15,9 @@ install: .venv/.installed
 
 demo: install
 	.venv/bin/python demo.py --output outputs/demo
+
+app: install
+	.venv/bin/python app.py --open
 
 test: install
 	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m 'not slow'

@@ -5,6 +5,7 @@
     python publish.py --model outputs/mine --repo USER/NAME --license apache-2.0 --tag v1 \
         --evaluation outputs/mine_scores --image photo.jpg --text "Find every dog."
     python publish.py --model outputs/mine --repo USER/NAME-adapter --adapter_only --base_repo USER/NAME-base
+    python publish.py --model USER/NAME --repo USER/NAME-app --space
 
 The stage holds the code files that the configuration names, weights, processor, tokenizer, chat template, a generated
 card and `.eval_results`, nothing else. A fresh process, in which this package is hidden, loads it and answers with it;
@@ -17,6 +18,8 @@ import sys
 
 from perceptiongpt.publishing.card import Facts
 from perceptiongpt.publishing.publication import Publication, publish, publish_adapter
+from perceptiongpt.publishing.space import MESSAGE as SPACE_MESSAGE
+from perceptiongpt.publishing.space import publish_space
 from perceptiongpt.publishing.stage import PublishError
 
 
@@ -33,16 +36,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="publish.py", description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder of the checkpoint")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="folder of the checkpoint; with --space, the published model: USER/NAME",
+    )
     add("--repo", required=True, metavar="USER/NAME", help="the repository; it is made where it does not exist")
     add("--tag", help="name of the published revision, such as v1")
-    add("--message", default=Publication.message, help="of the commit (default: %(default)s)")
+    add("--message", help="of the commit")
     add("--private", action="store_true", default=None, help="make a new repository private")
     add("--replace", action="store_true", help="allow a repository that holds a model of another kind")
     add("--dry_run", action="store_true", help="stage, check and show; nothing is sent, no token is needed")
     add("--stage", metavar="DIR", help="keep the stage in this folder, which must be new or empty")
     add("--adapter_only", action="store_true", help="publish adapter/ of the folder by itself")
     add("--base_repo", metavar="USER/NAME", help="with --adapter_only: publish its joined base here first")
+    add("--space", action="store_true", help="publish a Space in which one chats with a published model")
     card = parser.add_argument_group("card")
     add = card.add_argument
     add("--card", metavar="FILE", help="a whole card, in place of the generated one; its images are published, too")
@@ -60,6 +69,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--base_repo is for --adapter_only")
     if options.adapter_only and (options.evaluation or options.card):
         parser.error("--adapter_only takes neither --evaluation nor --card: publish the plain model with them")
+    card_parts = ("evaluation", "card", "image", "text", "language", "dataset", "data_license", "base_model")
+    if options.space and any(getattr(options, name) for name in ("adapter_only", *card_parts)):
+        parser.error("--space takes --license alone of the card's options, and not --adapter_only")
     return options
 
 
@@ -70,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         repo_id=options.repo,
         tag=options.tag,
         private=options.private,
-        message=options.message,
+        message=options.message or (SPACE_MESSAGE if options.space else Publication.message),
         replace=options.replace,
         dry_run=options.dry_run,
         stage=options.stage,
@@ -87,7 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
         ),
     )
     try:
-        if options.adapter_only:
+        if options.space:
+            publish_space(options.model, publication)
+        elif options.adapter_only:
             publish_adapter(options.model, publication, options.base_repo)
         else:
             publish(options.model, publication)

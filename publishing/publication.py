@@ -26,6 +26,7 @@ from perceptiongpt.publishing.stage import (
     ADAPTER_FILES,
     CARD_NAME,
     EVALUATION_FOLDER,
+    OWN_FILES,
     PROCESSOR_FILES,
     PublishError,
     Stage,
@@ -124,6 +125,7 @@ def publish(folder: str | Path, publication: Publication, log: Callable[[str], N
         else:
             add_given_card(stage, Path(publication.card))
         log(stage.table())
+        log_license(publication, log)
         return finish(stage, target, publication, log)
 
 
@@ -205,6 +207,7 @@ def publish_adapter(
         )
         write_in_stage(stage, content)
         log(stage.table())
+        log_license(publication, log)
         return finish(stage, target, publication, log)
 
 
@@ -258,11 +261,11 @@ def working_folders(stage: str | Path | None) -> Iterator[tuple[Path, Path]]:
         yield Path(stage) if stage is not None else Path(temporary, "stage"), work
 
 
-def access(publication: Publication, is_adapter: bool = False) -> Target | None:
+def access(publication: Publication, is_adapter: bool = False, repo_type: str = "model") -> Target | None:
     """The repository, which may be written to; None in a dry run."""
     if publication.dry_run:
         return None
-    return find_target(publication.repo_id, publication.token, publication.replace, is_adapter)
+    return find_target(publication.repo_id, publication.token, publication.replace, is_adapter, repo_type)
 
 
 def check_drawing() -> None:
@@ -278,20 +281,34 @@ def make_examples(publication: Publication, work: Path) -> list[dict]:
     return image_examples(publication.images, publication.text, work) if publication.images else scene_examples(work)
 
 
-def finish(stage: Stage, target: Target | None, publication: Publication, log: Callable[[str], None]) -> str | None:
-    """Upload a stage, unless this is a dry run."""
+def log_license(publication: Publication, log: Callable[[str], None]) -> None:
     if publication.facts.license is None and publication.card is None:
         log("no --license was given: the card says so, and others may not know what they may do with the weights")
+
+
+def finish(
+    stage: Stage,
+    target: Target | None,
+    publication: Publication,
+    log: Callable[[str], None],
+    own_files: Sequence[str] = OWN_FILES,
+) -> str | None:
+    """Upload a stage, unless this is a dry run; what an earlier publication left of `own_files` is deleted."""
     if target is None:
         log("dry run: nothing was sent")
         return None
     commit, kept = upload(
-        target, stage.folder, message=publication.message, private=publication.private, tag=publication.tag
+        target,
+        stage.folder,
+        message=publication.message,
+        private=publication.private,
+        tag=publication.tag,
+        own_files=own_files,
     )
     if kept:
         log(f"left as they are in the repository, not made by this program: {', '.join(kept)}")
     tagged = f", tagged {publication.tag}" if publication.tag else ""
-    log(f"published {target.api.endpoint}/{target.repo_id} at {commit}{tagged}")
+    log(f"published {target.url} at {commit}{tagged}")
     return commit
 
 

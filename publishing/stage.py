@@ -14,6 +14,7 @@ MODEL_TYPE = "perceptiongpt"
 CARD_NAME = "README.md"
 EVALUATION_FOLDER = ".eval_results"
 IMAGE_FOLDER = "images"
+SPACE_FILE = "space.json"  # of a Space: the model that it shows
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 PROCESSOR_FILES = (

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 
-from perceptiongpt.publishing.stage import MODEL_TYPE, OWN_FILES, PublishError
+from perceptiongpt.publishing.stage import MODEL_TYPE, OWN_FILES, SPACE_FILE, PublishError
 
 
 try:
@@ -38,15 +38,28 @@ class Target:
         repo_id: `user/name`.
         exists: whether it is on the Hub already.
         user: the name of the token's owner.
+        repo_type: `model` or `space`.
     """
 
     api: HfApi
     repo_id: str
     exists: bool
     user: str
+    repo_type: str = "model"
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self.api.endpoint}/{'spaces/' if self.repo_type == 'space' else ''}{self.repo_id}"
 
 
-def find_target(repo_id: str, token: str | None = None, replace: bool = False, is_adapter: bool = False) -> Target:
+def find_target(
+    repo_id: str,
+    token: str | None = None,
+    replace: bool = False,
+    is_adapter: bool = False,
+    repo_type: str = "model",
+) -> Target:
     """Check, before anything is done, that a repository can be published to.
 
     Args:
@@ -54,6 +67,7 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False, i
         token: in place of the one that `hf auth login` or `HF_TOKEN` left.
         replace: allow a repository that holds another kind of model.
         is_adapter: what will be published is an adapter alone.
+        repo_type: `model` or `space`.
 
     Raises:
         PublishError: there is no token, or it has no rights; the name is malformed or taken; the Hub is not reached.
@@ -78,7 +92,7 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False, i
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     try:
         try:
-            info = api.model_info(repo_id)
+            info = api.repo_info(repo_id, repo_type=repo_type)
         except RepositoryNotFoundError:
             # It does not exist, or it is private and another's. Only one's own namespaces can be created in.
             owner = repo_id.split("/")[0]
@@ -86,18 +100,23 @@ def find_target(repo_id: str, token: str | None = None, replace: bool = False, i
                 own = ", ".join([user, *organizations])
                 message = f"{user} has no right to publish under {owner!r}: choose a name that begins with one of {own}"
                 raise PublishError(message) from None
-            return Target(api, repo_id, False, user)
+            return Target(api, repo_id, False, user, repo_type)
         try:
-            api.auth_check(repo_id, write=True)
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403, 404):
                 raise PublishError(f"the name is taken: {repo_id} exists, and {user} may not write to it") from error
             raise
-        if not replace:
-            check_content(api, repo_id, {sibling.rfilename for sibling in info.siblings or []}, is_adapter)
+        files = {sibling.rfilename for sibling in info.siblings or []}
+        if repo_type == "space":
+            if "app.py" in files and SPACE_FILE not in files and not replace:
+                message = f"the name is taken: {repo_id} holds another app; choose another name, or give --replace"
+                raise PublishError(message)
+        elif not replace:
+            check_content(api, repo_id, files, is_adapter)
     except HUB_ERRORS as error:
         raise explained(error, repo_id) from error
-    return Target(api, repo_id, True, user)
+    return Target(api, repo_id, True, user, repo_type)
 
 
 def check_content(api: HfApi, repo_id: str, files: set[str], is_adapter: bool) -> None:
@@ -143,37 +162,37 @@ def upload(
     Raises:
         PublishError: the upload did not succeed; the message says what `main` holds and what to do.
     """
-    api, repo_id = target.api, target.repo_id
+    api, repo_id, of_type = target.api, target.repo_id, {"repo_type": target.repo_type}
     local = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
         if not target.exists:
             create(target, private)
-        parent = api.model_info(repo_id).sha
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-        if tag in tags and (different := differences(api, repo_id, tags[tag], folder, local, own_files)):
+        parent = api.repo_info(repo_id, **of_type).sha
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, **of_type).tags}
+        if tag in tags and (different := differences(target, tags[tag], folder, local, own_files)):
             raise PublishError(
                 f"the tag {tag} marks another revision of {repo_id} ({different[0]}): choose another tag. {UNTOUCHED}"
             )
-        remote = api.list_repo_files(repo_id)
+        remote = api.list_repo_files(repo_id, **of_type)
         stale = [name for name in remote if name not in local and is_own(name, own_files)]
         kept = [name for name in remote if name not in local and name not in stale and name != ".gitattributes"]
         additions = [CommitOperationAdd(name, folder / name) for name in local]
-        api.preupload_lfs_files(repo_id, additions, free_memory=False)
+        api.preupload_lfs_files(repo_id, additions, free_memory=False, **of_type)
     except (*HUB_ERRORS, RuntimeError) as error:
         raise explained(error, repo_id, f"{UNTOUCHED}. {AGAIN}") from error
     try:
         operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).oid
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent, **of_type).oid
     except HUB_ERRORS as error:
         lost = getattr(error, "response", None) is None  # the commit may have been made, and only the answer lost
         raise explained(error, repo_id, f"{ALL_OR_NOTHING if lost else UNTOUCHED}. {AGAIN}") from error
     except ValueError as error:
         raise PublishError(f"the Hub does not accept the card: {' '.join(str(error).split())}. {UNTOUCHED}") from error
     try:
-        if wrong := differences(api, repo_id, commit, folder, local, own_files):
+        if wrong := differences(target, commit, folder, local, own_files):
             raise PublishError(f"{repo_id} has the commit {commit}, but it differs from the stage: {', '.join(wrong)}")
         if tag is not None and tags.get(tag) != commit:
-            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=tag in tags)
+            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=tag in tags, **of_type)
     except HUB_ERRORS as error:
         raise explained(error, repo_id, f"main is published as {commit}; the tag is missing. {AGAIN}") from error
     return commit, kept
@@ -182,7 +201,8 @@ def upload(
 def create(target: Target, private: bool | None) -> None:
     """Make the repository."""
     try:
-        target.api.create_repo(target.repo_id, private=private)
+        sdk = {"space_sdk": "gradio"} if target.repo_type == "space" else {}
+        target.api.create_repo(target.repo_id, private=private, repo_type=target.repo_type, **sdk)
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 409:
@@ -200,11 +220,10 @@ def is_own(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def differences(
-    api: HfApi, repo_id: str, revision: str, folder: Path, local: list[str], own_files: Iterable[str]
-) -> list[str]:
+def differences(target: Target, revision: str, folder: Path, local: list[str], own_files: Iterable[str]) -> list[str]:
     """How a revision on the Hub differs from a stage: missing, other and surplus files, by their hashes."""
-    remote = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)}
+    entries = target.api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
+    remote = {entry.path: entry for entry in entries}
     remote = {path: entry for path, entry in remote.items() if isinstance(entry, RepoFile)}
     found = [f"{name} is missing" for name in local if name not in remote]
     for name in local:

@@ -331,6 +331,8 @@ class Handler(BaseHTTPRequestHandler):
         if not may_write(user, repo):
             name = repo.split("/")[0]
             raise Refusal(403, f'You don\'t have the rights to create a {type} under the namespace "{name}"')
+        if type == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "a Space needs an sdk")
         with self.hub.lock:
             if (f"{type}s", repo) in self.hub.repositories:
                 message = f"You already created this {type} repo"

@@ -71,6 +71,7 @@ def test_wheel_holds_every_root_module(tmp_path):
         wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob(f"{folder}/**/*.py")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("data/*.yaml")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("recipes/**/*.yaml")}
+    wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("examples/*")}
     wanted |= {"perceptiongpt/chat_template.jinja"}
     assert wanted <= held, wanted - held
     assert not [name for name in held if "tests" in name or name.endswith(".safetensors")]

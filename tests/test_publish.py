@@ -4,6 +4,7 @@ Clients of the Hub are unmodified and run as processes of their own; those that 
 the package.
 """
 
+import importlib.metadata
 import inspect
 import json
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, SpaceCard, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from backbones import TINY_SIGNALS
 from hub_server import Fault, File, Hub, Repository, client_environment, serve
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor, PerceptionPipeline
+from perceptiongpt.app import EXAMPLES
 from perceptiongpt.inference import checkpoint_hash
+from perceptiongpt.publish import main as publish_main
 from perceptiongpt.publishing import adapters
 from perceptiongpt.publishing.card import (
     Facts,
@@ -36,6 +39,7 @@ from perceptiongpt.publishing.card import (
 )
 from perceptiongpt.publishing.examples import answer_in_fresh_process, keep_example
 from perceptiongpt.publishing.publication import Publication, add_given_card, publish, run_publication
+from perceptiongpt.publishing.space import space_card, stage_space
 from perceptiongpt.publishing.stage import PublishError, Stage, stage_checkpoint
 
 
@@ -775,6 +779,119 @@ def test_a_stranger_uses_what_the_command_published(hub, output, red_image, tmp_
     ask_as_a_stranger(hub, tmp_path, output, red_image)
 
 
+# ---- Spaces ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_stage_of_a_space(tmp_path):
+    stage = stage_space(tmp_path / "stage", "ann/tiny-app", "ann/tiny", "abc", Facts(license="mit"))
+    examples = {f"examples/{path.name}" for path in (ROOT / "examples").iterdir()}
+    named = {"app.py", "requirements.txt", "space.json", "README.md"}
+    assert {name for name, _ in stage.files()} == named | examples and examples == {name for name, _ in EXAMPLES}
+    assert "not published" not in stage.table()
+    data = SpaceCard.load(stage.folder / "README.md").data
+    assert (data.sdk, data.app_file, data.models, data.license) == ("gradio", "app.py", ["ann/tiny"], "mit")
+    assert data.sdk_version == importlib.metadata.version("gradio") and re.fullmatch(r"3\.\d+", data.python_version)
+    assert len(data.to_dict()["short_description"]) <= 60  # the Hub takes no more
+    content = (stage.folder / "README.md").read_text()
+    assert content.startswith("---\n") and "license" not in space_card("ann/a", "ann/tiny", Facts()).split("---")[1]
+    # The versions are those of this package.
+    setup = (ROOT / "setup.cfg").read_text()
+    required = (stage.folder / "requirements.txt").read_text().split()
+    assert all(re.search(rf"^    {re.escape(line)}$", setup, re.MULTILINE) for line in required)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "outputs/mine/", "--repo", "ann/app"], "publish it first, give USER/NAME here"),
+        (["--model", "ann/tiny", "--repo", "ann/app", "--image", "a.png"], "takes --license alone"),
+        (["--model", "ann/tiny", "--repo", "ann/app", "--adapter_only"], "not --adapter_only"),
+    ],
+)
+def test_spaces_that_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        publish_main([*arguments, "--space", "--dry_run"])
+    assert re.search(message, str(raised.value) + capsys.readouterr().err)
+
+
+def test_a_space_is_published(hub, tmp_path):
+    """One process: each command of it is a line, and the answer the end of what it prints."""
+    code = """
+import sys
+from perceptiongpt.publish import main
+for line in sys.stdin:
+    try:
+        main(line.split())
+    except SystemExit as error:
+        print(error)
+    print("====", flush=True)
+"""
+    config = b'{"model_type": "perceptiongpt"}'
+    model(hub, "ann/shown", {"config.json": config})
+    model(hub, "ann/llama", {"config.json": b'{"model_type": "llama"}'})
+    foreign = Repository("ann/foreign")
+    foreign.commit("main", "theirs", {"app.py": File(b"print()", False)})
+    hub.repositories["spaces", "ann/foreign"] = foreign
+    commands = [
+        "--model ann/shown --repo ann/app --tag v1 --license mit",
+        "--model ann/shown --repo ann/app --tag v1 --license mit",
+        "--model ann/none --repo ann/app",
+        "--model ann/llama --repo ann/app",
+        "--model ann/shown --repo ann/foreign",
+        "--model ann/shown --repo bob/app",
+        f"--model ann/later --repo ann/other --dry_run --stage {tmp_path / 'stage'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="".join(f"{command} --space\n" for command in commands),
+        env=client_environment(hub, tmp_path / "home", "token-ann"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again, none, llama, taken, bob, dry, _ = done.stdout.split("====\n")
+    space = hub.repositories["spaces", "ann/app"]
+    commit = space.branches["main"]
+    assert f"published {hub.endpoint}/spaces/ann/app at {commit}, tagged v1" in first
+    assert again == first and space.history() == ["Publish a Space", "initial commit"] and space.tags == {"v1": commit}
+    files = space.files()
+    assert files["app.py"] == (ROOT / "app.py").read_bytes() and "examples/cat.jpg" in files
+    assert json.loads(files["space.json"]) == {
+        "model": "ann/shown",
+        "revision": hub.model("ann/shown").branches["main"],
+    }
+    assert "ann/none: there is no such model on the Hub" in none and "is of the type 'llama'" in llama
+    assert "the name is taken: ann/foreign holds another app" in taken and "no right to publish under 'bob'" in bob
+    assert "dry run: nothing was sent" in dry and ("spaces", "ann/other") not in hub.repositories
+    assert json.loads((tmp_path / "stage/space.json").read_text()) == {"model": "ann/later", "revision": None}
+    assert space.files() == files
+
+
+@pytest.mark.slow
+def test_a_space_answers_with_what_it_holds_alone(hub, output, tmp_path):
+    """As the Hub runs it: the staged files, the model from the Hub, and no package of this name."""
+    stage = stage_checkpoint(output, tmp_path / "stage")
+    model(hub, "ann/shown", contents(stage.folder))
+    revision = hub.model("ann/shown").branches["main"]
+    space = stage_space(tmp_path / "space", "ann/app", "ann/shown", revision, Facts())
+    code = (
+        STRANGER
+        + f"""
+sys.path.insert(0, {str(space.folder)!r})
+import app
+name, revision = app.find_model()
+assistant = app.Assistant(name, revision)
+page = app.build(assistant)
+session = app.open_image(assistant, app.FOLDER / app.EXAMPLES[0][0])
+vis = assistant.processor.vis_token_id
+list(app.ask(assistant, session, app.EXAMPLES[0][1], None, max_new_tokens=2, sequence_bias=[[[vis], 1e4]]))
+print(json.dumps([name, revision, len(session.turns[0].objects), app.__file__]))
+"""
+    )
+    answer = run([sys.executable, "-I", "-c", code], hub, tmp_path / "stranger").splitlines()[-1]
+    assert json.loads(answer) == ["ann/shown", revision, 2, str(space.folder / "app.py")]
+
+
 LOAD_ADAPTER = """
 from perceptiongpt.publishing.adapters import load_adapter
 model, processor = load_adapter("ann/adapter")
@@ -881,6 +998,7 @@ def test_the_page_on_publishing_followed_literally(hub, output, tiny_backbones, 
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     assert published(hub, "ann/mine", "v1").keys() >= {"README.md", "model.safetensors"}
+    assert "space.json" in hub.repositories["spaces", "ann/mine-app"].files()
     assert {"models", "ann/mine-adapter"} | {"models", "ann/mine-base"} <= {
         part for key in hub.repositories for part in key
     }
