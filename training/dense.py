@@ -217,6 +217,7 @@ class DenseTrainer(PerceptionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.rates = {"vision_tower": self.accelerator.unwrap_model(self.model).settings["tower_rate"]}
         self.loss_terms = (*LOSSES, "words_right", "box_iou", "bits_right")
         self._train_sums = torch.zeros(len(self.loss_terms), device=self.args.device)
 
@@ -229,18 +230,6 @@ class DenseTrainer(PerceptionTrainer):
 
     def _count_arguments(self, counts) -> dict:
         return dict(zip(("num_cells_in_batch", "num_mask_cells_in_batch"), counts, strict=True))
-
-    def create_optimizer(self, model=None):
-        """As the library's, with a rate of its own for the tower."""
-        optimizer = super().create_optimizer(model)
-        dense = self.accelerator.unwrap_model(self.model)
-        tower = {id(parameter) for parameter in dense.model.vision_tower.parameters()}
-        for group in list(optimizer.param_groups):
-            of_tower = [parameter for parameter in group["params"] if id(parameter) in tower]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in tower]
-            rate = self.args.learning_rate * dense.settings["tower_rate"]
-            optimizer.add_param_group({**group, "params": of_tower, "lr": rate})
-        return optimizer
 
 
 def run_stage(recipe: dict, model, processor, output: Path, resume: str | None) -> DenseTrainer:
