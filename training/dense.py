@@ -6,9 +6,9 @@ cell the object covers. The labels come from rows with masks (`training/cells.py
 training, and rows without masks teach nothing. In `scenes`, the task `spotting_caption` names all objects.
 
 The tower, its stage maps, the mixtures, the position table and the projector train. The heads that score the cells are
-in the stage's checkpoints, to resume from, and not in the model that it leaves. Its projector is changed last: cells get
-the size of word embeddings, and their common mean is taken away, which every layer of a language model would add to all
-tokens anew until nothing else can be told apart.
+in the stage's checkpoints, to resume from, and not in the model that it leaves. Its projector is changed last: cells
+get the size of word embeddings, and their common mean is taken away, which every layer of a language model would add to
+all tokens anew until nothing else can be told apart.
 """
 
 from collections.abc import Sequence
