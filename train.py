@@ -81,6 +81,7 @@ def train_jointly(recipe: dict, args: TrainingArguments, resume: str | None) -> 
         generate_tokens=recipe["data"]["generate_tokens"],
         compute_dtype=model_dtype(recipe),
         guidance_weight=recipe["guidance"]["weight"],
+        rates=recipe["adapter"]["rates"],
         feature_cache=features,
     )
     if trainer.is_world_process_zero():

@@ -212,10 +212,11 @@ class DrawnPart:
         return (first + row // self.questions).astype(np.int32), (row % self.questions).astype(np.int32)
 
     def read(self, group: int, row: int) -> dict:
-        """A row with its image."""
+        """A row with its image. Questions about a scene of which there are fewer than asked for come again."""
         if self._drawn[0] != group:
             self._drawn = (group, self.dataset[group])
-        return self._drawn[1][row]
+        rows = self._drawn[1]
+        return rows[row % len(rows)]
 
 
 class Mixture(torch.utils.data.IterableDataset):

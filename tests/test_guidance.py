@@ -5,12 +5,14 @@ import torch
 
 from drawn_rows import drawn_rows
 from perceptiongpt.data.collator import PerceptionCollator
+from perceptiongpt.training import guidance as guiding
 from perceptiongpt.training.guidance import NUM_HEADS, Guidance, cells_in_boxes
 
 
 @pytest.mark.parametrize("pack", [None, 3])
-def test_it_is_minus_the_log_of_the_attention_to_the_target(make_tiny_model, pack):
+def test_it_is_minus_the_log_of_the_attention_to_the_target(make_tiny_model, monkeypatch, pack):
     """As from the attention maps of the eager implementation; guided attention itself changes nothing."""
+    monkeypatch.setattr(guiding, "LEAST_CELLS", 0.0)
     model, processor = make_tiny_model()
     rows = [row for row in drawn_rows() if row["task"] == "refer"][:4]
     batch = PerceptionCollator(processor, model.config, box_jitter=0.0, pack=pack)(rows)
@@ -38,6 +40,16 @@ def test_nothing_is_told_without_boxes(make_tiny_model):
     guidance.watch(batch)
     model(**batch)
     assert guidance.targets is None and guidance.value == 0
+
+
+def test_small_boxes_are_left_out(make_tiny_model):
+    model, processor = make_tiny_model()
+    rows = [row for row in drawn_rows() if row["task"] == "refer"][:2]
+    batch = PerceptionCollator(processor, model.config, box_jitter=0.0)(rows)
+    batch["boxes"][:, 0] = torch.tensor([[0.0, 0.0, 0.4, 0.2], [0.0, 0.0, 0.4, 0.5]])  # 1.28 and 3.2 of 16 cells
+    guidance = Guidance(model)
+    guidance.watch(batch)
+    assert guidance.targets[0].tolist() == [1]
 
 
 def test_cells_in_boxes():

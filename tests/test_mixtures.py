@@ -231,6 +231,12 @@ def test_scenes_are_drawn_on_the_fly(tmp_path):
     assert items[0][0]["image"].size == (64, 64)
     pictures = [item[0]["image_id"] for item in items]
     assert len(set(pictures)) == len(pictures)  # the second epoch draws others
+    # With one phrasing and one task there are fewer questions than objects.
+    few = DrawnPart(
+        "scenes", per_epoch=80, questions=40, size=64, tasks=["refer"], kinds=["attribute"], evaluation=True
+    )
+    prompts = [few.read(1, row)["messages"][0]["content"] for row in range(40)]
+    assert 1 < len(set(prompts)) < 40
     with pytest.raises(ValueError, match="scenes in a mixture"):
         load_parts({"mixture": [{"source": "scenes", "limit": 7}], "leave_out": []}, tmp_path)
     with pytest.raises(ValueError, match="at least 9"):

@@ -297,6 +297,28 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
     assert histories[0] == histories[1]
 
 
+def test_parts_have_rates_of_their_own(make_tiny_model, coco_folder, tmp_path):
+    model, processor = make_tiny_model()
+    recipe = make_recipe(coco_folder, {"checkpoint": "unused"}, "full", weight_decay=0.1)
+    rates = {"multi_modal_projector": 0, "box_decoder": 0.25}
+    recipe["adapter"] |= {"rates": rates}
+    model = training.add_adapter(model, **recipe["adapter"])
+    args = training.training_arguments(recipe, tmp_path)
+    trainer = training.PerceptionTrainer(model, args, processing_class=processor, rates=rates)
+    groups = trainer.create_optimizer().param_groups
+    found = {id(one): (group["lr"], group["weight_decay"]) for group in groups for one in group["params"]}
+    assert {decay for _, decay in found.values()} == {0.0, 0.1}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[1]
+        if part in ("vision_tower", "multi_modal_projector"):
+            assert not parameter.requires_grad and id(parameter) not in found, name
+        else:
+            assert found[id(parameter)][0] == (2.5e-3 if part == "box_decoder" else 1e-2), name
+    for wrong in ({"box_decodr": 1}, {"box_decoder": -1}, {"vision_tower": 0.1}):
+        with pytest.raises(ValueError, match=f"adapter.rates: {next(iter(wrong))}: .*box_decoder"):
+            training.add_adapter(make_tiny_model()[0], "full", rates=wrong)
+
+
 @pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("llama_tied", "lora"), ("llama_tied", "heads")])
 def test_only_the_added_rows_move(make_tiny_model, coco_folder, tmp_path, family, mode):
     model, processor = make_tiny_model(family)

@@ -116,6 +116,7 @@ def add_adapter(
     dropout: float = 0.0,
     target_modules=LORA_TARGETS,
     train_vision_tower: bool = False,
+    rates: dict[str, float] | None = None,
 ):
     """Make the parts of a model trainable, in float32, that an adapter mode trains, and freeze the others.
 
@@ -125,10 +126,15 @@ def add_adapter(
         rank, alpha, dropout: of LoRA (paper: rank 32).
         target_modules: names of the language model's projections that get LoRA.
         train_vision_tower: for `full` only.
+        rates: by the name of a part its learning rate as a share of the run's; parts at 0 are frozen.
 
     Returns:
         The model itself for `full`, else a `PeftModel` around it.
+
+    Raises:
+        ValueError: a part of `rates` does not train, or its rate is negative.
     """
+    rates = rates or {}
     if train_vision_tower and mode != "full":
         raise ValueError(f"adapter.train_vision_tower needs the mode full; {mode} keeps the tower frozen")
     if mode == "full":
@@ -140,6 +146,15 @@ def add_adapter(
             model.model.vision_tower.float()  # parts that no loss reaches read the float32 states of those that train
     else:
         model = add_peft_adapter(model, mode, rank, alpha, dropout, target_modules)
+    for part, rate in rates.items():
+        found = [one for name, one in model.named_parameters() if part in name.split(".") and one.requires_grad]
+        if not found or not rate >= 0:
+            trained = ", ".join(name for name, trainable, _ in parameter_table(model) if trainable and name != "all")
+            raise ValueError(
+                f"adapter.rates: {part}: {rate}; expected numbers from 0 on for parts that train: {trained}"
+            )
+        for parameter in found:
+            parameter.requires_grad_(rate > 0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

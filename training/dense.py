@@ -6,7 +6,9 @@ cell the object covers. The labels come from rows with masks (`training/cells.py
 training, and rows without masks teach nothing. In `scenes`, the task `spotting_caption` names all objects.
 
 The tower, its stage maps, the mixtures, the position table and the projector train. The heads that score the cells are
-in the stage's checkpoints, to resume from, and not in the model that it leaves.
+in the stage's checkpoints, to resume from, and not in the model that it leaves. Its projector is changed last: cells
+get the size of word embeddings, and their common mean is taken away, which every layer of a language model would add to
+all tokens anew until nothing else can be told apart.
 """
 
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ DEFAULTS = {
     "tower_rate": 0.3,  # the learning rate of the tower, as a share of that of the rest
     "rows_per_image": 16,  # the most rows about one image that its labels are made from
 }
+MOMENTUM = 0.02  # of the running moments of the cells
 LARGEST_LOGIT = 20.0  # at first, of a cell that lies in the direction of one token
 LOSSES = ("loss_words", "loss_box", "loss_bits")
 TRAINED = (
@@ -130,6 +133,9 @@ class DenseModel(nn.Module):
         self.gain = nn.Parameter(torch.tensor(LARGEST_LOGIT * config.text_config.hidden_size**-0.5))
         self.box = BoxDecoder(config.box_config, config.text_config.hidden_size)
         self.bits = nn.Linear(config.feature_size, BITS * BITS)
+        self.register_buffer("cells_mean", torch.zeros(config.text_config.hidden_size))
+        self.register_buffer("cells_square", torch.ones(()))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
         unreached = unreached_tower_parameters(model)
         for name, parameter in self.model.named_parameters():
             is_part = name.split(".")[0] in TRAINED
@@ -142,6 +148,24 @@ class DenseModel(nn.Module):
         embeddings = self.model.get_input_embeddings().weight.detach().float()
         directions = F.normalize(embeddings - embeddings.mean(0), dim=-1)
         return self.gain * (F.layer_norm(cells, cells.shape[-1:]) @ directions.T)
+
+    @torch.no_grad()
+    def follow_cells(self, cells: torch.Tensor) -> None:
+        """Keep the running mean `(hidden_size,)` and mean square of cells `(images, cells, hidden_size)`."""
+        cells = cells.detach().float()
+        self.num_batches += 1
+        share = (1.0 / self.num_batches).clamp(min=MOMENTUM)
+        self.cells_mean.lerp_(cells.mean((0, 1)), share)
+        self.cells_square.lerp_(cells.square().mean(), share)
+
+    @torch.no_grad()
+    def center_cells(self) -> None:
+        """Change the projector so that cells have no common mean and the size of word embeddings."""
+        last = self.model.multi_modal_projector.linear_2
+        size = self.model.get_input_embeddings().weight.float().square().mean().sqrt()
+        scale = size / (self.cells_square - self.cells_mean.square().mean()).sqrt()
+        last.weight.mul_(scale)
+        last.bias.sub_(self.cells_mean).mul_(scale)
 
     def forward(
         self,
@@ -172,6 +196,8 @@ class DenseModel(nn.Module):
             own if given is None else given for own, given in zip(own_counts, counts, strict=True)
         )
         features = self.model.get_image_features(pixel_values, return_dict=True)
+        if self.training:
+            self.follow_cells(features.pooler_output)
         image, cell = (owner >= 0).nonzero(as_tuple=True)
         held = owner[image, cell]
         owned = mask_owner >= 0
@@ -217,6 +243,7 @@ class DenseTrainer(PerceptionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.rates = {"vision_tower": self.accelerator.unwrap_model(self.model).settings["tower_rate"]}
         self.loss_terms = (*LOSSES, "words_right", "box_iou", "bits_right")
         self._train_sums = torch.zeros(len(self.loss_terms), device=self.args.device)
 
@@ -229,18 +256,6 @@ class DenseTrainer(PerceptionTrainer):
 
     def _count_arguments(self, counts) -> dict:
         return dict(zip(("num_cells_in_batch", "num_mask_cells_in_batch"), counts, strict=True))
-
-    def create_optimizer(self, model=None):
-        """As the library's, with a rate of its own for the tower."""
-        optimizer = super().create_optimizer(model)
-        dense = self.accelerator.unwrap_model(self.model)
-        tower = {id(parameter) for parameter in dense.model.vision_tower.parameters()}
-        for group in list(optimizer.param_groups):
-            of_tower = [parameter for parameter in group["params"] if id(parameter) in tower]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in tower]
-            rate = self.args.learning_rate * dense.settings["tower_rate"]
-            optimizer.add_param_group({**group, "params": of_tower, "lr": rate})
-        return optimizer
 
 
 def run_stage(recipe: dict, model, processor, output: Path, resume: str | None) -> DenseTrainer:
@@ -273,6 +288,7 @@ def run_stage(recipe: dict, model, processor, output: Path, resume: str | None) 
         print_parameter_table(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
+    trainer.accelerator.unwrap_model(trainer.model).center_cells()
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
         processor.save_pretrained(output)

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GUIDED = "guided_sdpa"
 NUM_HEADS = 2
+LEAST_CELLS = 1.5  # area of a box: of a smaller one, no cell may show the object
 IGNORED_LABEL = -100
 
 
@@ -60,14 +61,17 @@ class Guidance:
     def watch(self, batch: dict[str, torch.Tensor]) -> None:
         """Say what the next pass looks for: the boxes in the answers of a batch of `PerceptionCollator`.
 
-        Rows with several images are left out: it is not known which one is meant.
+        Rows with several images are left out: it is not known which one is meant. So are boxes of less than
+        `LEAST_CELLS` cells: what cannot be seen would only keep the heads from choosing.
         """
         ids, valid = batch["input_ids"], batch["boxes_valid"]
-        self.targets, self.value = None, batch["boxes"].new_zeros(())
+        self.targets, self.value = None, torch.zeros((), device=ids.device)
         is_vis, is_image = ids == self.config.vis_token_id, ids == self.config.image_token_id
         rows, positions = (is_vis & (batch["labels"] != IGNORED_LABEL)).nonzero(as_tuple=True)
         slots = (is_vis.cumsum(1) - 1)[rows, positions]
         told = valid[rows, slots] & (is_image.sum(1) == self.config.image_seq_length)[rows]
+        sides = (batch["boxes"][rows, slots, 2:] - batch["boxes"][rows, slots, :2]) * self.config.image_grid
+        told &= sides.prod(-1) >= LEAST_CELLS
         rows, positions, slots = rows[told], positions[told], slots[told]
         if len(rows):
             cells = cells_in_boxes(batch["boxes"][rows, slots], self.config.image_grid)

@@ -28,6 +28,8 @@ from perceptiongpt.data.templates import load_templates
 LEAST_COUNT, COUNTED_SHARE = 2000, 0.05
 SCENES = 100  # drawn and asked about
 MLP_SHARE = 0.3  # of what an MLP with the library's initial weights would add
+MARK = 2.0  # the first entry of every token embedding
+NUM_GATHERING_LAYERS, GATHERING_WEIGHT = 2, 0.6
 ROLES = ("system", "user", "assistant")  # chat templates name them in every turn
 
 
@@ -90,14 +92,23 @@ def let_like_find_like(model: LlamaForCausalLM) -> None:
 
     In the manner of "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828): queries equal keys, so that a
     token looks at what is like it; the output projection is the transpose of the values', so that what it finds arrives
-    as it was. Embeddings have the size of what passes through the layers, and the MLPs add little at first.
+    as it was. In the first layers one head looks at the words just before, whatever they are: all embeddings agree in
+    their first entry, which image cells do not have. So the last state of a question gathers its words, and looks for
+    what is like all of them. Embeddings have the size of what passes through the layers, and MLPs add little at first.
     """
+    config = model.config
     model.model.embed_tokens.weight.normal_(0.0, 1.0)
-    for layer in model.model.layers:
+    model.model.embed_tokens.weight[:, 0] = MARK
+    for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         attention.o_proj.weight.copy_(attention.v_proj.weight.T)
         layer.mlp.down_proj.weight.mul_(MLP_SHARE)
+        if index < NUM_GATHERING_LAYERS:
+            for projection in (attention.q_proj, attention.k_proj):
+                projection.weight[-config.head_dim :] = 0.0
+                projection.weight[-config.head_dim :, 0] = GATHERING_WEIGHT
+            attention.o_proj.weight[:, -config.head_dim :] *= config.num_attention_heads**0.5
 
 
 def save_language_model(

@@ -43,6 +43,7 @@ DEFAULTS = {
         "dropout": 0.0,
         "target_modules": list(LORA_TARGETS),
         "train_vision_tower": False,
+        "rates": {},  # of parts, as shares of the learning rate, e.g. {vision_tower: 0.1, multi_modal_projector: 0}
     },
     # `train` and `eval`: one source or a list of them: {source: coco, annotations: .., images: .., tasks: [..], ..} or
     # {source: parquet, root: .., split: ..}. `train` may be a mixture instead: see `data/mixtures.py`.

@@ -55,6 +55,7 @@ class PerceptionTrainer(Trainer):
         generation_rows: rows of the schema with direct tasks that evaluation lets the model answer, or None.
         generate_batch_size, generate_tokens: how many at a time, and the most tokens of an answer.
         compute_dtype: what is computed in, where the arguments ask for no mixed precision; None for the weights' own.
+        rates: learning rates of parts, see `adapters.add_adapter`.
         guidance_weight: of the loss of the heads that are told where to look (`training/guidance.py`); 0 for none.
         feature_cache: a `training.features.FeatureCache` that the collator reads, to be filled; or None.
         Others: as `Trainer`; `processing_class` is the processor.
@@ -68,10 +69,12 @@ class PerceptionTrainer(Trainer):
         generate_tokens: int = 64,
         compute_dtype: torch.dtype | None = None,
         guidance_weight: float = 0.0,
+        rates: dict[str, float] | None = None,
         feature_cache=None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.rates = rates or {}
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs need one process each: start with `accelerate launch` or `torchrun`")
         if not self.args.average_tokens_across_devices:
@@ -109,6 +112,18 @@ class PerceptionTrainer(Trainer):
         if self.compute_dtype is None:
             return nullcontext()
         return torch.autocast(self.args.device.type, dtype=self.compute_dtype, cache_enabled=cache_enabled)
+
+    def create_optimizer(self, model=None):
+        """As the library's; parts with a rate of their own become groups of their own."""
+        optimizer = super().create_optimizer(model)
+        for part, rate in self.rates.items():
+            chosen = {id(one) for name, one in self.model.named_parameters() if part in name.split(".")}
+            for group in list(optimizer.param_groups):
+                of_part = [parameter for parameter in group["params"] if id(parameter) in chosen]
+                if of_part:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+                    optimizer.add_param_group({**group, "params": of_part, "lr": self.args.learning_rate * rate})
+        return optimizer
 
     # ---- losses over their own counts --------------------------------------------------------------------------------
 
