@@ -20,10 +20,10 @@ app: install
 	.venv/bin/python app.py --open
 
 test: install
-	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m 'not slow'
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not slow'
 
 test-slow: install
-	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m slow
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m slow
 
 bench: install
 	.venv/bin/python benchmarks/speed.py

@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 DATA_DIR = Path(os.environ.get("PERCEPTIONGPT_DATA", ROOT / "../shared/data")).resolve()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that the others fit beside it."""
+    items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of the real photos and annotations (`PERCEPTIONGPT_DATA`)."""
