@@ -1,4 +1,4 @@
-"""Chat templates: what a template expects of a message's content, and where the answers stand in what it renders."""
+"""Conversations as strings, what a chat template expects of a message, and where answers stand in what it renders."""
 
 import re
 from functools import lru_cache
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from .signals_perceptiongpt import SIGNALS, refuse_signal
 
 
 # For tokenizers that bring no template of their own. An answer starts right after the line break, so that the state
@@ -176,4 +177,57 @@ def answer_spans(sample: int, messages: list[dict], render, end: str | None = No
     return spans
 
 
-__all__ = ["CHAT_TEMPLATE", "ChatForm", "answer_spans", "chat_form", "end_answers", "shape_contents"]
+def flatten_messages(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:
+    """One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image."""
+    flat_messages, images, slots = [], [], []
+    for turn, message in enumerate(messages):
+        content = message.get("content", "")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        pieces = []
+        for item in items:
+            name = f"sample {sample}, turn {turn}"
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind == "text":
+                text = item.get("text")
+                if not isinstance(text, str):
+                    raise ValueError(f'{name}: text item holds {text!r}; expected a string under "text"')
+                for token in (IMAGE_TOKEN, VIS_TOKEN):
+                    if token in text:
+                        raise ValueError(
+                            f"{name}: the text {text[:80]!r} contains {token}; expected a content item of its own"
+                        )
+                pieces.append(text)
+            elif kind == "image":
+                images += [item[key] for key in ("image", "url", "path", "base64") if item.get(key) is not None][:1]
+                pieces.append(IMAGE_TOKEN)
+            elif kind in SIGNALS or kind == "region":
+                for key in SIGNALS:
+                    if kind == key or item.get(key) is not None:
+                        refuse_signal(key, signals, f"{name}: ")
+                slot = {key: item.get(key) for key in (*signals, "image")}
+                if kind in SIGNALS and slot[kind] is None:
+                    raise ValueError(f"{name}: content item of type {kind!r} has no {kind!r}")
+                if all(slot[key] is None for key in signals):
+                    raise ValueError(f"{name}: content item of type {kind!r} has none of {', '.join(signals)}")
+                if message["role"] == "assistant":
+                    slot |= {key: SIGNALS[key].default_target(item) for key in signals if slot[key] is None}
+                slots.append(slot)
+                pieces.append(VIS_TOKEN)
+            else:
+                raise ValueError(
+                    f"{name}: content item {str(item)[:80]} has the type {kind!r}; expected one of "
+                    f"{('image', 'text', *SIGNALS, 'region')}"
+                )
+        flat_messages.append({**message, "content": "".join(pieces)})
+    return flat_messages, images, slots
+
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "ChatForm",
+    "answer_spans",
+    "chat_form",
+    "end_answers",
+    "flatten_messages",
+    "shape_contents",
+]

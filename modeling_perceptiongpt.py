@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
@@ -40,17 +40,13 @@ from .vision_perceptiongpt import (
     FeatureMixture,
     PerceptionGPTMultiModalProjector,
     PositionTable,
+    VisionMixin,
     VisionStages,
-    feature_maps,
     find_stages,
-    resample,
-    tower_layers,
 )
 
 
 logger = logging.get_logger(__name__)
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class PerceptionGPTPreTrainedModel(PreTrainedModel):
@@ -102,7 +98,7 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.logits, 6.0 * one_hot)
 
 
-class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
+class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTrainedModel):
     """
     The vision tower, the language model without its head, and the signal modules.
 
@@ -150,110 +146,6 @@ class PerceptionGPTModel(SignalModulesMixin, PerceptionGPTPreTrainedModel):
 
     def get_decoder(self) -> nn.Module:
         return self.language_model
-
-    def _new_vision_tower(self, config: PerceptionGPTConfig) -> PreTrainedModel:
-        """A fresh tower; one that cannot take the attention implementation that was asked for gets eager."""
-        vision_config = config.vision_config
-        tower_class = MODEL_MAPPING[type(vision_config)]
-        supported = {
-            "sdpa": tower_class._supports_sdpa,
-            "flash_attention_2": tower_class._supports_flash_attn,
-            "flex_attention": tower_class._supports_flex_attn,
-        }
-        kwargs = {} if supported.get(vision_config._attn_implementation, True) else {"attn_implementation": "eager"}
-        return AutoModel.from_config(vision_config, **kwargs)
-
-    def train(self, mode: bool = True):
-        """As in torch, but the tower's batch norms keep to their stored statistics: a row must not depend on others."""
-        super().train(mode)
-        for module in self.vision_tower.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.eval()
-        return self
-
-    def encode_tower(self, pixel_values: torch.Tensor, **kwargs):
-        """
-        One pass of the tower over `(images, 3, S, S)`. Without a gradient where no weight of the tower trains: gradient
-        checkpointing would make its embeddings ask for one, run the tower back and encode every image twice.
-
-        Returns:
-            the outputs of the tower, and what `tower_states` of [`forward`] takes: of a plain ViT the outputs `(images,
-            cells, width)` of its layers 1..n, class and register tokens dropped; of a pyramid the last map `(images,
-            channels, height, width)` of each stage, finest first.
-        """
-        if self.config.is_pyramid:  # convolutions on a CPU are fastest with the channels last
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        learns = torch.is_grad_enabled() and (
-            pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
-        )
-        with torch.set_grad_enabled(learns):
-            outputs = tower_layers(self.vision_tower, self.config.vision_config, pixel_values, **kwargs)
-        if self.config.is_pyramid:
-            maps = feature_maps(outputs, self.config.vision_config.model_type)
-            return outputs, tuple(maps[stage["layer"]] for stage in self.config.vision_stages)
-        cells = (pixel_values.shape[-1] // self.config.vision_config.patch_size) ** 2
-        return outputs, tuple(layer[:, layer.shape[1] - cells :] for layer in outputs.hidden_states[1:])
-
-    def _vision_layers(self, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """What equation 1 mixes: states of the tower, of a pyramid brought to `feature_size` channels."""
-        return self.vision_stages(list(states)) if self.config.is_pyramid else states
-
-    def _mix(self, mixture: FeatureMixture, layers: tuple[torch.Tensor, ...], grid: int) -> torch.Tensor:
-        """Equation 1 over what [`_vision_layers`] returns: `(images, grid * grid, feature_size)`."""
-        if self.config.is_pyramid:
-            layers = tuple(resample(layer, grid).flatten(2).transpose(1, 2) for layer in layers)
-        return mixture(layers)
-
-    def _mask_features(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """`(images, mask_cells, feature_size)`: the mixture on the mask grid and, of a pyramid, the finest map."""
-        features = self._mix(self.mask_mixture, layers, self.config.mask_grid)
-        if self.config.is_pyramid:
-            features = torch.cat([features, layers[0].flatten(2).transpose(1, 2)], dim=1)
-        return features
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None,
-        tower_states: tuple[torch.Tensor, ...] | None = None,
-        with_mask_features: bool = True,
-        **kwargs,
-    ) -> PerceptionGPTImageFeatures:
-        """
-        Encodes images, each with one pass of the tower.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`)
-            tower_states (`tuple[torch.Tensor]`, *optional*): what [`encode_tower`] made of the images; it is not run.
-            with_mask_features (`bool`, defaults to `True`):
-                Whether to compute what the mask decoder reads; if not, the result has `tower_states` to do so later.
-            kwargs: for the tower, such as `output_hidden_states` and `output_attentions`.
-        """
-        wants_states = kwargs.get("output_hidden_states")
-        if wants_states is None:
-            wants_states = self.config.vision_config.output_hidden_states
-        outputs = None
-        if tower_states is None:
-            outputs, tower_states = self.encode_tower(pixel_values, **kwargs)
-        layers = self._vision_layers(tower_states)
-        reads_masks_here = not self.config.mask_image_size  # and not from finer images
-        features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
-        return PerceptionGPTImageFeatures(
-            last_hidden_state=layers[-1],
-            pooler_output=self.multi_modal_projector(features),
-            hidden_states=getattr(outputs, "hidden_states", None) if wants_states else None,
-            attentions=getattr(outputs, "attentions", None),
-            mask_features=self._mask_features(layers) if reads_masks_here and with_mask_features else None,
-            tower_states=tower_states if reads_masks_here and not with_mask_features else None,
-        )
-
-    def get_mask_features(
-        self, mask_pixel_values: torch.Tensor | None, tower_states: tuple[torch.Tensor, ...] | None = None
-    ) -> torch.Tensor:
-        """`(images, 3, S', S')`, or what [`encode_tower`] made of them, to `(images, mask_cells, feature_size)`."""
-        if tower_states is None:
-            _, tower_states = self.encode_tower(mask_pixel_values)
-        return self._mask_features(self._vision_layers(tower_states))
 
     def token_mask(self, input_ids, inputs_embeds, token_id: int) -> torch.Tensor:
         """Bool `(batch_size, sequence_length)`: where a token stands, read from its embedding if there are no ids."""

@@ -15,11 +15,10 @@ import torch
 from datasets import List
 from torch.utils.data import Dataset
 
-from perceptiongpt.chat_perceptiongpt import STRING, chat_form
+from perceptiongpt.chat_perceptiongpt import STRING, chat_form, flatten_messages
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
-from perceptiongpt.processing_perceptiongpt import flatten_messages
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
 
 
