@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def test_drawn_shapes_are_where_their_annotations_say(tmp_path):
     from perceptiongpt.data.formats.coco import load_coco
     from perceptiongpt.data.schema import decode_rle
-    from perceptiongpt.demo import COLORS, KNOWN_SHAPES, draw_coco
+    from perceptiongpt.data.shapes import COLORS, KNOWN_SHAPES, draw_coco
 
     source = draw_coco(tmp_path, 12, 3, list(KNOWN_SHAPES))
     source.pop("source")
