@@ -23,7 +23,7 @@ test: install
 	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not slow'
 
 test-slow: install
-	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m slow
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m slow
 
 bench: install
 	.venv/bin/python benchmarks/speed.py
