@@ -17,11 +17,12 @@ from perceptiongpt.publishing.upload import HUB_ERRORS, explained
 
 ROOT = Path(__file__).resolve().parents[1]
 APP_FILE = "app.py"
+CODE_FOLDER = "webapp"
 EXAMPLE_FOLDER = "examples"
 REQUIREMENTS_FILE = "requirements.txt"
-# What app.py imports, and the code of a model; Gradio itself comes with the Space, in the version of the card.
+# What its code imports, and the code of a model; Gradio itself comes with the Space, in the version of the card.
 REQUIREMENTS = ("torch>=2.9", "transformers>=5.23,<6", "safetensors", "numpy", "pillow", "pycocotools")
-SPACE_FILES = (APP_FILE, REQUIREMENTS_FILE, SPACE_FILE, CARD_NAME, f"{EXAMPLE_FOLDER}/*")
+SPACE_FILES = (APP_FILE, f"{CODE_FOLDER}/*.py", REQUIREMENTS_FILE, SPACE_FILE, CARD_NAME, f"{EXAMPLE_FOLDER}/*")
 MESSAGE = "Publish a Space"
 
 
@@ -82,7 +83,7 @@ def stage_space(folder: str | Path, repo_id: str, model_id: str, revision: str |
     Raises:
         PublishError: the stage is not empty, or Gradio is not installed.
     """
-    files = [ROOT / APP_FILE, *sorted((ROOT / EXAMPLE_FOLDER).iterdir())]
+    files = [ROOT / APP_FILE, *sorted((ROOT / CODE_FOLDER).glob("*.py")), *sorted((ROOT / EXAMPLE_FOLDER).iterdir())]
     stage = fill_stage(ROOT, folder, files)
     stage.left_out.clear()  # the other files of this repository are not missed in a Space
     texts = {

@@ -14,12 +14,32 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import browser as browsers
-from perceptiongpt import app
+from perceptiongpt.webapp import start
+from perceptiongpt.webapp.assistant import MOST_NEW_TOKENS, Assistant
+from perceptiongpt.webapp.downloads import export
+from perceptiongpt.webapp.drawing import COLORS, draw, object_colors, view
+from perceptiongpt.webapp.markup import answer_markup, chat_messages
+from perceptiongpt.webapp.page import EXAMPLES, LARGEST_FILE, SECONDS_KEPT, build, launch, plain_editor, region_text
+from perceptiongpt.webapp.session import (
+    MOST_LETTERS,
+    MOST_MEGAPIXELS,
+    Session,
+    Turn,
+    ask,
+    click,
+    conversation,
+    given_region,
+    open_image,
+    question_content,
+    stroke_mask,
+    view_scale,
+)
+from perceptiongpt.webapp.start import find_model, main
 from processes import free_port
 
 
@@ -28,9 +48,9 @@ ANSWER = "<p>the red cup</p><vis> and <p>two dogs</p><vis><vis>"
 
 
 @pytest.fixture(scope="module")
-def assistant(tiny_model_dir) -> app.Assistant:
+def assistant(tiny_model_dir) -> Assistant:
     torch.manual_seed(0)
-    return app.Assistant(tiny_model_dir)
+    return Assistant(tiny_model_dir)
 
 
 @pytest.fixture
@@ -42,11 +62,11 @@ def photo(tmp_path) -> str:
 
 
 @pytest.fixture
-def session(assistant, photo) -> app.Session:
-    return app.open_image(assistant, photo)
+def session(assistant, photo) -> Session:
+    return open_image(assistant, photo)
 
 
-def written(assistant: app.Assistant, answer: str) -> dict:
+def written(assistant: Assistant, answer: str) -> dict:
     """Arguments of `generate` with which any model writes an answer."""
     tokenizer = assistant.processor.tokenizer
     ids, start = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], []
@@ -59,7 +79,7 @@ def written(assistant: app.Assistant, answer: str) -> dict:
 
 
 def asked(assistant, session, question="What is here?", answer=ANSWER, drawn=None) -> list:
-    return list(app.ask(assistant, session, question, drawn, **written(assistant, answer)))
+    return list(ask(assistant, session, question, drawn, **written(assistant, answer)))
 
 
 def refused(message: str):
@@ -71,7 +91,7 @@ def refused(message: str):
 
 def test_an_image_opens(session):
     assert session.size == (40, 60) and session.image.mode == "RGB" and session.name == "photo.png"
-    assert app.view(session).size == (640, 427)
+    assert view(session).size == (640, 427)
 
 
 def test_files_that_are_not_images(assistant, photo, tmp_path):
@@ -79,12 +99,12 @@ def test_files_that_are_not_images(assistant, photo, tmp_path):
     text.write_text("not an image")
     cut.write_bytes(Path(photo).read_bytes()[:80])
     with refused("not an image that can be read"):
-        app.open_image(assistant, str(text))
+        open_image(assistant, str(text))
     with refused("The image cannot be used: .*cut.png") as raised:
-        app.open_image(assistant, str(cut))
+        open_image(assistant, str(cut))
     assert str(tmp_path) not in str(raised.value)
     with refused("Upload an image first"):
-        app.open_image(assistant, None)
+        open_image(assistant, None)
 
 
 def claim_size(path: str, width: int, height: int, target: Path) -> None:
@@ -99,12 +119,12 @@ def test_images_that_are_too_large_are_not_decoded(assistant, photo, tmp_path, m
     claim_size(photo, 20_000, 10_000, tmp_path / "bomb.png")
     Image.new("L", (3_000, 1)).save(tmp_path / "thin.png")
     with refused("below one pixel"):
-        app.open_image(assistant, str(tmp_path / "thin.png"))
+        open_image(assistant, str(tmp_path / "thin.png"))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with refused("has 50 megapixels; at most 40 are allowed"):
-        app.open_image(assistant, str(tmp_path / "large.png"))
+        open_image(assistant, str(tmp_path / "large.png"))
     with refused("far more than 40 megapixels"):
-        app.open_image(assistant, str(tmp_path / "bomb.png"))
+        open_image(assistant, str(tmp_path / "bomb.png"))
 
 
 # ---- regions ---------------------------------------------------------------------------------------------------------
@@ -112,55 +132,55 @@ def test_images_that_are_too_large_are_not_decoded(assistant, photo, tmp_path, m
 
 @pytest.mark.parametrize("corners", [[(10, 20), (30, 35)], [(30, 20), (10, 35)], [(30, 35), (10, 20)]])
 def test_two_clicks_are_a_box(session, corners):
-    scale = app.view_scale(session.image)
+    scale = view_scale(session.image)
     for x, y in corners:
-        app.click(session, x * scale, y * scale)
-    assert session.box == pytest.approx([10, 20, 30, 35]) and app.region_text(session) == "Box 10, 20, 30, 35"
-    edge = np.asarray(app.view(session))[round(20 * scale) + 2, round(20 * scale)]
+        click(session, x * scale, y * scale)
+    assert session.box == pytest.approx([10, 20, 30, 35]) and region_text(session) == "Box 10, 20, 30, 35"
+    edge = np.asarray(view(session))[round(20 * scale) + 2, round(20 * scale)]
     assert edge.min() > 200  # the box is drawn in white
-    app.click(session, 0, 0)
+    click(session, 0, 0)
     assert session.box is None and session.clicks == [(0, 0)]
 
 
 def test_clicks_that_make_no_box(session):
     with refused("Upload an image first"):
-        app.click(None, 1, 1)
-    app.click(session, 100, 100)
+        click(None, 1, 1)
+    click(session, 100, 100)
     with refused("make no box"):
-        app.click(session, 103, 300)
+        click(session, 103, 300)
     assert len(session.clicks) == 1
     with refused("one corner only"):
-        app.given_region(session, None, ["box", "mask"])
+        given_region(session, None, ["box", "mask"])
 
 
 def test_a_stroke_is_a_mask(session):
-    layer = Image.new("RGBA", app.plain_editor(session)["background"].size)
+    layer = Image.new("RGBA", plain_editor(session)["background"].size)
     ImageDraw.Draw(layer).rectangle([320, 0, 639, 426], fill="white")
     drawn = {"background": None, "layers": [layer], "composite": None}
-    mask = app.stroke_mask(drawn, session.size)
+    mask = stroke_mask(drawn, session.size)
     assert mask.shape == (40, 60) and mask[:, 31:].all() and not mask[:, :29].any()
-    assert app.given_region(session, drawn, ["box", "mask"]).keys() == {"mask"}
+    assert given_region(session, drawn, ["box", "mask"]).keys() == {"mask"}
     with refused("does not know a mask"):
-        app.given_region(session, drawn, ["box"])
-    for empty in (None, app.plain_editor(session), {"layers": [Image.new("RGBA", (640, 427))]}):
-        assert app.stroke_mask(empty, session.size) is None
+        given_region(session, drawn, ["box"])
+    for empty in (None, plain_editor(session), {"layers": [Image.new("RGBA", (640, 427))]}):
+        assert stroke_mask(empty, session.size) is None
 
 
 def test_one_click_is_a_point_where_the_checkpoint_knows_points(session):
-    app.click(session, 320, 0)
-    assert app.given_region(session, None, ["box", "point"]) == {"point": [pytest.approx(30), 0]}
+    click(session, 320, 0)
+    assert given_region(session, None, ["box", "point"]) == {"point": [pytest.approx(30), 0]}
 
 
 def test_the_region_stands_where_the_question_says(session):
     box, mask = [1, 2, 3, 4], np.ones((40, 60), dtype=bool)
     item = {"type": "box", "box": box}
-    assert app.question_content(" What is <region>? ", {"box": box}, []) == [
+    assert question_content(" What is <region>? ", {"box": box}, []) == [
         {"type": "text", "text": "What is "},
         item,
         {"type": "text", "text": "?"},
     ]
-    assert app.question_content("What?", {"box": box}, []) == [{"type": "text", "text": "What? "}, item]
-    both = app.question_content("<region>", {"box": box, "mask": mask}, [])
+    assert question_content("What?", {"box": box}, []) == [{"type": "text", "text": "What? "}, item]
+    both = question_content("<region>", {"box": box, "mask": mask}, [])
     assert [one["type"] for one in both] == ["region"] and both[0]["mask"] is mask
 
 
@@ -198,14 +218,14 @@ def test_an_answer_streams_and_ends_with_objects(assistant, session):
 
 def test_a_second_turn_reads_the_first_as_it_was_written(assistant, session):
     for x, y in ((100, 100), (300, 300)):
-        app.click(session, x, y)
+        click(session, x, y)
     box = session.box
     asked(assistant, session, "What is <region>?")
     assert session.clicks == [] and session.turns[0].region == {"box": box}
-    prompt, _ = assistant.prepare(app.conversation(session)[:1])
+    prompt, _ = assistant.prepare(conversation(session)[:1])
     asked(assistant, session, "And now?", "it is")
     assert [turn.text for turn in session.turns] == ["the red cup and two dogs", "it is"]
-    inputs, _ = assistant.prepare(app.conversation(session)[:3])
+    inputs, _ = assistant.prepare(conversation(session)[:3])
     ids, start = inputs["input_ids"][0].tolist(), prompt["input_ids"].shape[1]
     answer = assistant.processor.tokenizer(ANSWER, add_special_tokens=False).input_ids
     assert ids[:start] == prompt["input_ids"][0].tolist() and ids[start : start + len(answer)] == answer
@@ -230,9 +250,9 @@ def test_a_stroke_reaches_the_model(assistant, session, monkeypatch):
 
 
 def test_an_answer_that_has_no_end_or_no_room(assistant, session, monkeypatch):
-    list(app.ask(assistant, session, "Go on.", None, max_new_tokens=3, min_new_tokens=3))
-    assert not session.turns[0].finished and "cut off" in app.answer_markup(session.turns[0]).replace("&#40;", "(")
-    used = assistant.prepare(app.conversation(session))[0]["input_ids"].shape[1]
+    list(ask(assistant, session, "Go on.", None, max_new_tokens=3, min_new_tokens=3))
+    assert not session.turns[0].finished and "cut off" in answer_markup(session.turns[0]).replace("&#40;", "(")
+    used = assistant.prepare(conversation(session))[0]["input_ids"].shape[1]
     config = assistant.model.config.get_text_config()
     monkeypatch.setattr(config, "max_position_embeddings", used + 20)
     with refused("too long for this model: start a new one"):
@@ -245,7 +265,7 @@ def test_an_error_of_the_model_is_raised_and_leaves_no_turn(assistant, session):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(app.ask(assistant, session, "Find it.", None, prefix_allowed_tokens_fn=fail))
+        list(ask(assistant, session, "Find it.", None, prefix_allowed_tokens_fn=fail))
     assert session.turns == []
     assert asked(assistant, session)[-1] is None  # the next question is answered
 
@@ -255,7 +275,7 @@ def test_a_user_who_goes_ends_the_generation(assistant, session):
     arguments = written(assistant, "one two three " * 60)
     allowed = arguments["prefix_allowed_tokens_fn"]
     arguments["prefix_allowed_tokens_fn"] = lambda *args: steps.append(time.sleep(0.005)) or allowed(*args)
-    answer = app.ask(assistant, session, "Count.", None, **arguments)
+    answer = ask(assistant, session, "Count.", None, **arguments)
     next(answer)
     answer.close()
     assistant.worker.submit(int).result(timeout=60)
@@ -275,7 +295,7 @@ def test_two_users_at_once_wait_for_each_other(assistant, photo, monkeypatch):
 
     monkeypatch.setattr(assistant.model, "generate", counted)
     answers = ["the cup<vis>", "<vis> two red dogs", "no cat"]
-    sessions = [app.open_image(assistant, photo) for _ in answers]
+    sessions = [open_image(assistant, photo) for _ in answers]
     users = [
         threading.Thread(target=asked, args=(assistant, session, "What?", answer))
         for session, answer in zip(sessions, answers, strict=True)
@@ -299,7 +319,7 @@ def found(phrase=None, span=None, box=(10.0, 10.0, 30.0, 30.0), **others) -> dic
 
 
 @pytest.fixture
-def answered(session) -> app.Session:
+def answered(session) -> Session:
     """A session whose answer has two objects of one phrase, one of another, and one without."""
     text = "two <dogs> and *a cup*"
     objects = [
@@ -308,45 +328,45 @@ def answered(session) -> app.Session:
         found("*a cup*", (15, 22), (40.0, 20.0, 55.0, 35.0)),
         found(None, None, (2.0, 25.0, 20.0, 38.0), point=[10.0, 30.0]),
     ]
-    session.turns = [app.Turn("What is <region>?", {"box": [1.0, 2.0, 3.0, 4.0]}, [], [], text, objects)]
+    session.turns = [Turn("What is <region>?", {"box": [1.0, 2.0, 3.0, 4.0]}, [], [], text, objects)]
     return session
 
 
 def test_phrases_have_the_colours_of_their_objects(answered):
     turn = answered.turns[0]
-    first, second, third = app.COLORS[:3]
-    assert app.object_colors(turn.objects) == [first, first, second, third]
-    markup = app.chat_messages(answered)[1]["content"]
+    first, second, third = COLORS[:3]
+    assert object_colors(turn.objects) == [first, first, second, third]
+    markup = chat_messages(answered)[1]["content"]
     spans = re.findall(r'<span style="background-color: (#\w+);[^>]*>(.*?)</span>', markup)
     plain = [(color, re.sub(r"&#(\d+);", lambda code: chr(int(code[1])), words)) for color, words in spans]
     assert plain == [(first, "two <dogs> 1,2"), (second, "*a cup* 3"), (third, "object 4")]
-    picture = app.draw(answered.image, turn.objects, {}, [], 10)
+    picture = draw(answered.image, turn.objects, {}, [], 10)
     for one, color in zip(turn.objects, (first, first, second, third), strict=True):
         x0, y0, x1, y1 = (round(value * 10) for value in one["box"])
-        assert picture.getpixel(((x0 + x1) // 2, y1 - 1)) == app.ImageColor.getrgb(color)
+        assert picture.getpixel(((x0 + x1) // 2, y1 - 1)) == ImageColor.getrgb(color)
         inside, outside = picture.getpixel(((x0 + x1) // 2, y1 - 30)), picture.getpixel((350, 350))
         assert inside != outside == (128, 128, 128)
 
 
 def test_nothing_that_is_written_becomes_markup(session):
     evil = "<img src=x onerror=alert(1)> **bold** $$x$$ [a](http://b) `c`\n# head"
-    session.turns = [app.Turn(evil, {}, [], [], evil, [])]
-    question, answer = (message["content"] for message in app.chat_messages(session))
+    session.turns = [Turn(evil, {}, [], [], evil, [])]
+    question, answer = (message["content"] for message in chat_messages(session))
     assert question == answer and question.count("<") == 1 and "<br>" in question
     assert not re.search(r"[*$\[`>:/]", question.replace("<br>", "")) and "# " not in question
 
 
 def test_the_answer_so_far_and_none_at_all(answered):
-    answered.turns.append(app.Turn("And?", {}, []))
-    assert app.chat_messages(answered, "so far")[-1]["content"] == "so far"
-    assert app.chat_messages(answered, "")[-1]["content"] == "&#8230;"
-    assert "no words and no object" in app.chat_messages(answered)[-1]["content"]
-    assert len(app.chat_messages(answered)) == 4 and app.chat_messages(None) == []
+    answered.turns.append(Turn("And?", {}, []))
+    assert chat_messages(answered, "so far")[-1]["content"] == "so far"
+    assert chat_messages(answered, "")[-1]["content"] == "&#8230;"
+    assert "no words and no object" in chat_messages(answered)[-1]["content"]
+    assert len(chat_messages(answered)) == 4 and chat_messages(None) == []
 
 
 def test_downloads_are_read_back(answered):
-    answered.turns.append(app.Turn("And?", {"mask": answered.turns[0].objects[0]["mask"]}, [], [], "cup", [found()]))
-    paths = app.export(answered)
+    answered.turns.append(Turn("And?", {"mask": answered.turns[0].objects[0]["mask"]}, [], [], "cup", [found()]))
+    paths = export(answered)
     assert [Path(path).name for path in paths] == ["photo_answers.json", "photo_coco.json", "photo_drawn.png"]
     content = json.loads(Path(paths[0]).read_text())
     assert content["image"] == {"file_name": "photo.png", "width": 60, "height": 40}
@@ -366,41 +386,43 @@ def test_downloads_are_read_back(answered):
 
 
 def test_it_needs_nothing_of_this_package():
-    """A Space has this file alone."""
-    tree = ast.parse((ROOT / "app.py").read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    """A Space has these files alone."""
+    names = set()
+    for path in (ROOT / "app.py", *(ROOT / "webapp").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert names == {"gradio", "numpy", "torch", "PIL", "pycocotools", "transformers"}
+    assert names == {"webapp", "gradio", "numpy", "torch", "PIL", "pycocotools", "transformers"}
 
 
 def test_which_checkpoint_is_opened(tmp_path, monkeypatch):
     monkeypatch.delenv("PERCEPTIONGPT_MODEL", raising=False)
-    assert app.find_model() == (str(ROOT), None)
-    monkeypatch.setattr(app, "FOLDER", tmp_path)
+    assert find_model() == (str(ROOT), None)
+    monkeypatch.setattr(start, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match="no checkpoint here: give --model"):
-        app.find_model()
+        find_model()
     (tmp_path / "space.json").write_text('{"model": "ann/tiny", "revision": "abc"}')
-    assert app.find_model() == ("ann/tiny", "abc")
+    assert find_model() == ("ann/tiny", "abc")
     monkeypatch.setenv("PERCEPTIONGPT_MODEL", "bob/other")
-    assert app.find_model() == ("bob/other", None)
+    assert find_model() == ("bob/other", None)
     with pytest.raises(SystemExit, match="there is no such folder"):
-        app.main(["--model", str(tmp_path / "none")])
+        main(["--model", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="not a checkpoint that can be loaded"):
-        app.main(["--model", str(tmp_path)])
+        main(["--model", str(tmp_path)])
 
 
 def test_the_page_of_docs_names_these_limits():
     page = (ROOT / "docs/app.md").read_text(encoding="utf-8")
-    size, letters, tokens = f"{app.MOST_MEGAPIXELS} megapixels (50 MB)", app.MOST_LETTERS, app.MOST_NEW_TOKENS
+    size, letters, tokens = f"{MOST_MEGAPIXELS} megapixels (50 MB)", MOST_LETTERS, MOST_NEW_TOKENS
     assert f"Images have at most {size}, questions {letters} letters, answers {tokens} tokens" in page
-    assert app.LARGEST_FILE == "50mb" and app.SECONDS_KEPT == 3600
+    assert LARGEST_FILE == "50mb" and SECONDS_KEPT == 3600
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-class Scripted(app.Assistant):
+class Scripted(Assistant):
     """An assistant whose answers are given; their objects are the model's own."""
 
     def answer(self, messages, size):
@@ -412,8 +434,8 @@ class Scripted(app.Assistant):
 def test_in_a_browser(tiny_model_dir, photo, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    page = app.build(Scripted(tiny_model_dir))
-    _, url, _ = app.launch(
+    page = build(Scripted(tiny_model_dir))
+    _, url, _ = launch(
         page, server_name="127.0.0.1", server_port=int(free_port()), prevent_thread_lock=True, quiet=True
     )
     try:
@@ -448,7 +470,7 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     toast("Upload an image first")
     browser.wait(lambda: browser.find("#examples tbody tr"), "examples")[1].click()
     browser.wait(lambda: "cat" in browser.one("#file").text and browser.find("#shown img"), "an example")
-    browser.wait(lambda: browser.run("return arguments[0].value", question) == app.EXAMPLES[1][1], "its question")
+    browser.wait(lambda: browser.run("return arguments[0].value", question) == EXAMPLES[1][1], "its question")
     (tmp_path / "text.png").write_text("not an image")
     upload(tmp_path / "text.png")
     toast("not an image that can be read")
@@ -458,7 +480,7 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     question.type("What is here?" + enter)
     browser.wait(lambda: "two dogs 2,3" in chat(), "an answer")
     colors = "return [...document.querySelectorAll('#chat span[style]')].map(s => getComputedStyle(s).backgroundColor)"
-    expected = ["rgb({}, {}, {})".format(*app.ImageColor.getrgb(color)) for color in app.COLORS[:2]]
+    expected = ["rgb({}, {}, {})".format(*ImageColor.getrgb(color)) for color in COLORS[:2]]
     assert browser.run(colors) == expected
     browser.screenshot(tmp_path / "answer.png")
 

@@ -67,7 +67,7 @@ def test_wheel_holds_every_root_module(tmp_path):
     (wheel,) = tmp_path.glob("perceptiongpt-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"perceptiongpt/{path.name}" for path in ROOT.glob("*.py")}
-    for folder in ("data", "evaluation", "metrics", "publishing", "training"):
+    for folder in ("data", "evaluation", "metrics", "publishing", "training", "webapp"):
         wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob(f"{folder}/**/*.py")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("data/*.yaml")}
     wanted |= {f"perceptiongpt/{path.relative_to(ROOT)}" for path in ROOT.glob("recipes/**/*.yaml")}

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from backbones import TINY_SIGNALS
 from hub_server import Fault, File, Hub, Repository, client_environment, serve
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor, PerceptionPipeline
-from perceptiongpt.app import EXAMPLES
 from perceptiongpt.inference import checkpoint_hash
 from perceptiongpt.publish import main as publish_main
 from perceptiongpt.publishing import adapters
@@ -41,6 +40,7 @@ from perceptiongpt.publishing.examples import answer_in_fresh_process, keep_exam
 from perceptiongpt.publishing.publication import Publication, add_given_card, publish, run_publication
 from perceptiongpt.publishing.space import space_card, stage_space
 from perceptiongpt.publishing.stage import PublishError, Stage, stage_checkpoint
+from perceptiongpt.webapp.page import EXAMPLES
 
 
 ROOT = Path(__file__).parents[1]
@@ -786,6 +786,7 @@ def test_the_stage_of_a_space(tmp_path):
     stage = stage_space(tmp_path / "stage", "ann/tiny-app", "ann/tiny", "abc", Facts(license="mit"))
     examples = {f"examples/{path.name}" for path in (ROOT / "examples").iterdir()}
     named = {"app.py", "requirements.txt", "space.json", "README.md"}
+    named |= {f"webapp/{path.name}" for path in (ROOT / "webapp").glob("*.py")}
     assert {name for name, _ in stage.files()} == named | examples and examples == {name for name, _ in EXAMPLES}
     assert "not published" not in stage.table()
     data = SpaceCard.load(stage.folder / "README.md").data
@@ -878,18 +879,22 @@ def test_a_space_answers_with_what_it_holds_alone(hub, output, tmp_path):
         STRANGER
         + f"""
 sys.path.insert(0, {str(space.folder)!r})
-import app
-name, revision = app.find_model()
-assistant = app.Assistant(name, revision)
-page = app.build(assistant)
-session = app.open_image(assistant, app.FOLDER / app.EXAMPLES[0][0])
+import webapp
+from webapp.assistant import Assistant
+from webapp.page import EXAMPLES, build
+from webapp.session import ask, open_image
+from webapp.start import find_model
+name, revision = find_model()
+assistant = Assistant(name, revision)
+page = build(assistant)
+session = open_image(assistant, webapp.FOLDER / EXAMPLES[0][0])
 vis = assistant.processor.vis_token_id
-list(app.ask(assistant, session, app.EXAMPLES[0][1], None, max_new_tokens=2, sequence_bias=[[[vis], 1e4]]))
-print(json.dumps([name, revision, len(session.turns[0].objects), app.__file__]))
+list(ask(assistant, session, EXAMPLES[0][1], None, max_new_tokens=2, sequence_bias=[[[vis], 1e4]]))
+print(json.dumps([name, revision, len(session.turns[0].objects), str(webapp.FOLDER)]))
 """
     )
     answer = run([sys.executable, "-I", "-c", code], hub, tmp_path / "stranger").splitlines()[-1]
-    assert json.loads(answer) == ["ann/shown", revision, 2, str(space.folder / "app.py")]
+    assert json.loads(answer) == ["ann/shown", revision, 2, str(space.folder)]
 
 
 LOAD_ADAPTER = """
