@@ -1,7 +1,6 @@
 """Draw images, train on them, ask about new ones: in a few minutes what a COCO folder of your own goes through.
 
     python demo.py --output outputs/demo
-    python demo.py --output outputs/scratch --from_scratch     # from random weights: recipes/demo_from_scratch.yaml
 
 The checkpoint in this folder knows circles, squares, triangles and stars; the demo teaches it crosses. Everything is
 drawn here or ships with scikit-image. `OUTPUT` gets COCO folders of drawn images, the recipe and the trained model, and
@@ -32,17 +31,10 @@ from perceptiongpt.inference import answer, hide_progress_bars_in_logs, load
 from perceptiongpt.training.answers import answer_and_score, choose_generation_rows, mean_scores
 from perceptiongpt.training.datasets import load_sources
 from perceptiongpt.training.recipe import merge, read_yaml
-from perceptiongpt.training.shapes_backbones import small_backbones
 
 
 ROOT = Path(__file__).resolve().parent
 EVALUATED_PROMPTS = 200
-
-
-def write_recipe(path: Path, name: str, model: dict, train_source: dict, eval_source: dict) -> None:
-    """A recipe of `recipes/`, completed with the model and the data of this demo."""
-    given = {"model": model, "data": {"train": train_source, "eval": eval_source}}
-    path.write_text(yaml.safe_dump(merge(read_yaml(ROOT / "recipes" / name), given), sort_keys=False))
 
 
 def score(model, processor, source: dict, count: int) -> dict[str, float]:
@@ -67,28 +59,20 @@ def main() -> None:
     """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--from_scratch", action="store_true", help="from random weights, without the new shape")
-    parser.add_argument("--images", type=int, help="how many to draw for training; default 400, from scratch 6000")
-    parser.add_argument("--resume", action="store_true", help="continue a run from scratch that was interrupted")
+    parser.add_argument("--images", type=int, default=400, help="how many to draw for training (default: 400)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe, as for train.py")
     options = parser.parse_intermixed_args()
     hide_progress_bars_in_logs()
-    output, scratch = options.output, options.from_scratch
-    if not options.resume:
-        shutil.rmtree(output / "model", ignore_errors=True)
+    output = options.output
+    shutil.rmtree(output / "model", ignore_errors=True)
 
-    shapes = list(KNOWN_SHAPES) if scratch else [*KNOWN_SHAPES, *NEW_SHAPES, *NEW_SHAPES]
-    train_source = draw_coco(output / "drawn_train", options.images or (6000 if scratch else 400), 0, shapes)
+    shapes = [*KNOWN_SHAPES, *NEW_SHAPES, *NEW_SHAPES]
+    train_source = draw_coco(output / "drawn_train", options.images, 0, shapes)
     eval_source = draw_coco(output / "drawn_eval", 100, 10**6, shapes)
-    model = {"checkpoint": str(ROOT)}
-    if scratch:
-        model = {name: str(output / "backbones" / name) for name in ("vision", "text")}
-        if not options.resume:
-            small_backbones(output / "backbones", train_source)
-    name = "demo_from_scratch.yaml" if scratch else "demo.yaml"
-    write_recipe(output / name, name, model, train_source, eval_source)
-    command = ["--config", str(output / name), "--output", str(output / "model"), *options.overrides]
-    command += ["--resume"] if options.resume else []
+    given = {"model": {"checkpoint": str(ROOT)}, "data": {"train": train_source, "eval": eval_source}}
+    recipe = output / "demo.yaml"
+    recipe.write_text(yaml.safe_dump(merge(read_yaml(ROOT / "recipes/demo.yaml"), given), sort_keys=False))
+    command = ["--config", str(recipe), "--output", str(output / "model"), *options.overrides]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *command], check=True)
 
     model, processor = load(str(output / "model"))
