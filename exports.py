@@ -1,7 +1,7 @@
 """Write the answers of `predict.py` in the formats of other tools: COCO, supervision and YOLO.
 
-Each writer takes the entries of `predictions.json` that have no `error`. Classes are the phrases of the objects, in the
-order in which they come; an object without a phrase gets `label`.
+Each writer takes the entries of `predictions.json` that have no `error`, with a phrase for every object. Classes are
+the phrases, in the order in which they come.
 """
 
 import json
@@ -30,18 +30,18 @@ def label_of(prompt: str) -> str:
     return prompt
 
 
-def class_numbers(entries: list[dict], label: str) -> dict[str, int]:
+def class_numbers(entries: list[dict]) -> dict[str, int]:
     """The number of each class, from 0."""
-    names = [found["phrase"] or label for entry in entries for found in entry["objects"]]
+    names = [found["phrase"] for entry in entries for found in entry["objects"]]
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def write_coco(entries: list[dict], output: Path, label: str) -> Path:
+def write_coco(entries: list[dict], output: Path) -> Path:
     """`annotations.json`: a COCO data set whose annotations have a `score`; masks as compressed RLE.
 
     File names are relative to the folder that all images share.
     """
-    classes, images, annotations = class_numbers(entries, label), [], []
+    classes, images, annotations = class_numbers(entries), [], []
     paths = [os.path.abspath(entry["image"]) for entry in entries]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     for image_id, (entry, path) in enumerate(zip(entries, paths, strict=True), 1):
@@ -52,7 +52,7 @@ def write_coco(entries: list[dict], output: Path, label: str) -> Path:
             annotation = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
-                "category_id": classes[found["phrase"] or label] + 1,
+                "category_id": classes[found["phrase"]] + 1,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0),
                 "iscrowd": 0,
@@ -68,16 +68,15 @@ def write_coco(entries: list[dict], output: Path, label: str) -> Path:
     return path
 
 
-def write_supervision(entries: list[dict], output: Path, label: str) -> Path:
+def write_supervision(entries: list[dict], output: Path) -> Path:
     """`detections.json`: a list with one item per image, which `supervision.Detections.from_inference` reads."""
-    classes, items = class_numbers(entries, label), []
+    classes, items = class_numbers(entries), []
     for entry in entries:
         predictions = []
         for found in entry["objects"]:
             x0, y0, x1, y1 = found["box"]
-            name = found["phrase"] or label
             prediction = {"x": (x0 + x1) / 2, "y": (y0 + y1) / 2, "width": x1 - x0, "height": y1 - y0}
-            prediction |= {"class": name, "class_id": classes[name], "confidence": found["score"]}
+            prediction |= {"class": found["phrase"], "class_id": classes[found["phrase"]], "confidence": found["score"]}
             if found.get("mask"):
                 prediction["rle_mask"] = found["mask"]
             predictions.append(prediction)
@@ -88,13 +87,13 @@ def write_supervision(entries: list[dict], output: Path, label: str) -> Path:
     return path
 
 
-def write_yolo(entries: list[dict], output: Path, label: str) -> Path:
+def write_yolo(entries: list[dict], output: Path) -> Path:
     """`data.yaml`, `images/` and `labels/`: a YOLO data set with a copy of the images.
 
     An object with a mask is its outline, holes filled and parts joined; one without is its box. Scores have no place in
     the format.
     """
-    classes = class_numbers(entries, label)
+    classes = class_numbers(entries)
     for folder in ("images", "labels"):
         (output / folder).mkdir(exist_ok=True)
     for entry in entries:
@@ -107,7 +106,7 @@ def write_yolo(entries: list[dict], output: Path, label: str) -> Path:
         lines = []
         for found in entry["objects"]:
             values = (_yolo_points(found) / size).round(YOLO_DIGITS).ravel().tolist()
-            lines.append(f"{classes[found['phrase'] or label]} {' '.join(map(str, values))}\n")
+            lines.append(f"{classes[found['phrase']]} {' '.join(map(str, values))}\n")
         (output / "labels" / f"{stem}.txt").write_text("".join(lines))
     names = "".join(f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for name, number in classes.items())
     path = output / "data.yaml"

@@ -33,7 +33,7 @@ from perceptiongpt import exports
 from perceptiongpt.drawing import draw_objects
 from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.inference import InputError, answer_each, hide_progress_bars_in_logs, load
-from perceptiongpt.pipeline_perceptiongpt import REGION_PLACEHOLDER, question_content
+from perceptiongpt.pipeline_perceptiongpt import question_content
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -117,21 +117,13 @@ def read_mask(path: str) -> np.ndarray:
     return mask
 
 
-def region_content(text: str, **given) -> list[dict]:
-    """The content items of the prompt after its image: the text, with the region where `<region>` stands or at its end.
-
-    Args:
-        text: the prompt.
-        given: the region by the names of content items (`box`, `mask`, `point`); None for what it does not have.
-
-    Raises:
-        InputError: the prompt names a region, and there is none.
-    """
-    region = {name: value for name, value in given.items() if value is not None}
-    if not region and REGION_PLACEHOLDER in text:
-        *others, last = (f"--{name}" for name in given)
-        raise InputError(f"--text names {REGION_PLACEHOLDER}, which needs {', '.join(others)} or {last}")
-    return question_content(text, region)
+def check_yolo_output(output: Path, images: list[Path]) -> None:
+    """`InputError` if a YOLO data set cannot be written to a folder: old labels in it would have other classes."""
+    copies = (output / "images").resolve()
+    if any(copies in image.resolve().parents for image in images):
+        raise InputError(f"--format yolo writes copies of the images to {copies}, which holds some of them already")
+    if any((output / "labels").glob("*.txt")):
+        raise InputError(f"--format yolo: {output / 'labels'} holds labels already; give another --output")
 
 
 def append_entry(file: BinaryIO, entry: dict) -> None:
@@ -165,7 +157,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument(
-        "--format", default="json", choices=["json", *exports.WRITERS], help="write the answers in this format, too"
+        "--format",
+        default="json",
+        choices=["json", *exports.WRITERS],
+        help="also write the answers in this format (default: json, predictions.json alone)",
     )
     parser.add_argument(
         "--label", metavar="NAME",
@@ -217,10 +212,13 @@ def predict(arguments: argparse.Namespace) -> int:
     """
     images = find_images(arguments.image)
     mask = read_mask(arguments.mask) if arguments.mask else None
-    content = region_content(arguments.text, box=arguments.box, mask=mask, point=arguments.point)
-    copies = (arguments.output / "images").resolve()
-    if arguments.format == "yolo" and any(copies in image.resolve().parents for image in images):
-        raise InputError(f"--format yolo writes copies of the images to {copies}, which holds some of them already")
+    given = {"box": arguments.box, "mask": mask, "point": arguments.point}
+    try:
+        content = question_content(arguments.text, {name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise InputError(f"--text: {error}") from error
+    if arguments.format == "yolo":
+        check_yolo_output(arguments.output, images)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -274,7 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(predictions)
     if parsed.format in exports.WRITERS:
         entries = [entry for entry in json.loads(predictions.read_bytes()) if entry["error"] is None]
-        print(exports.WRITERS[parsed.format](entries, parsed.output, parsed.label or exports.label_of(parsed.text)))
+        label = parsed.label or exports.label_of(parsed.text)
+        for found in (found for entry in entries for found in entry["objects"]):
+            found["phrase"] = found["phrase"] or label
+        print(exports.WRITERS[parsed.format](entries, parsed.output))
     if errors:
         print(f"{errors} of the images could not be answered: see `error` in predictions.json", file=sys.stderr)
     return 1 if errors else 0

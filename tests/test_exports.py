@@ -73,6 +73,9 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "in/sub").mkdir(parents=True)
     for name, size in SIZES.items():
         Image.new("RGB", size, "teal").save(tmp_path / "in" / name)
+    turned, exif = Image.new("RGB", SIZES["a.jpg"][::-1], "teal"), Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    turned.save(tmp_path / "in/a.jpg", exif=exif)
     (tmp_path / "in/broken.png").write_text("no image")
 
     def predict_with(*arguments):
@@ -161,17 +164,24 @@ def test_yolo(run, tmp_path):
 def test_yolo_boxes_and_other_images(tmp_path):
     """Without masks lines are boxes; an image in a format that YOLO does not know is converted."""
     Image.new("RGB", (40, 20), "teal").save(tmp_path / "x.gif")
-    objects = [{"phrase": None, "box": [4.0, 5.0, 24.0, 15.0], "score": 0.5, "mask": None}]
+    objects = [{"phrase": "dog", "box": [4.0, 5.0, 24.0, 15.0], "score": 0.5, "mask": None}]
     entry = {"image": str(tmp_path / "x.gif"), "width": 40, "height": 20, "objects": objects, "drawing": "x.png"}
     empty = entry | {"objects": [], "drawing": "y.png"}
-    path = exports.write_yolo([entry, empty], tmp_path, "dog")
+    path = exports.write_yolo([entry, empty], tmp_path)
     data = sv.DetectionDataset.from_yolo(str(tmp_path / "images"), str(tmp_path / "labels"), str(path))
     (first, second) = (data.annotations[str(tmp_path / f"images/{name}.png")] for name in "xy")
     np.testing.assert_allclose(first.xyxy, [objects[0]["box"]], atol=1e-3)
     assert first.mask is None and len(second) == 0
     assert (tmp_path / "labels/x.txt").read_text() == "0 0.35 0.5 0.5 0.5\n"
-    path = exports.write_yolo([empty], tmp_path, "dog")
+    path = exports.write_yolo([empty], tmp_path)
     assert sv.DetectionDataset.from_yolo(str(tmp_path / "images"), str(tmp_path / "none"), str(path)).classes == []
+
+
+def test_labels_of_another_run_are_not_mixed_with_new_ones(run, capsys):
+    path = run("--format", "yolo")
+    command = ["--model", "unused", "--image", str(path.parents[1] / "in"), "--text", "x", "--output", str(path.parent)]
+    assert predict.main([*command, "--format", "yolo"]) == 2
+    assert "labels holds labels already" in capsys.readouterr().err
 
 
 def test_copies_do_not_overwrite_the_images(tmp_path, capsys):
@@ -185,10 +195,10 @@ def test_copies_do_not_overwrite_the_images(tmp_path, capsys):
 def test_nothing_found(tmp_path):
     Image.new("RGB", (40, 20), "teal").save(tmp_path / "x.png")
     entry = {"image": str(tmp_path / "x.png"), "width": 40, "height": 20, "objects": [], "drawing": "x_2.png"}
-    assert COCO(str(exports.write_coco([entry], tmp_path, "dog"))).getAnnIds() == []
-    (item,) = json.loads(exports.write_supervision([entry], tmp_path, "dog").read_text())
+    assert COCO(str(exports.write_coco([entry], tmp_path))).getAnnIds() == []
+    (item,) = json.loads(exports.write_supervision([entry], tmp_path).read_text())
     assert len(sv.Detections.from_inference(item)) == 0
-    assert json.loads(exports.write_coco([], tmp_path, "dog").read_text())["images"] == []
+    assert json.loads(exports.write_coco([], tmp_path).read_text())["images"] == []
 
 
 def test_joined_polygons_cover_the_same_pixels():

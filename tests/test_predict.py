@@ -241,7 +241,10 @@ def test_arguments_that_cannot_work(tmp_path, capsys):
         ({"--mask": str(tmp_path / "file")}, "--mask"),
         ({"--mask": str(tmp_path / "none.png")}, "none.png"),
         ({"--mask": str(tmp_path / "black.png")}, "every pixel is black"),
-        ({"--text": "What is in <region>?"}, "needs --box, --mask or --point"),
+        (
+            {"--text": "What is in <region>?"},
+            "--text: The text names <region>, which needs any of 'box', 'mask', 'point'",
+        ),
     ]
     for changed, message in bad:
         arguments = [word for pair in (good | changed).items() for word in pair]
