@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sized
 from threading import Event, Thread
-from types import GeneratorType
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ GROUND_MAX_NEW_TOKENS = 128
 QUESTIONS_AT_ONCE = 16
 # Stands in a text where the box, mask or point goes; without it they follow the text.
 REGION_PLACEHOLDER = "<region>"
-# The prompts that checkpoints are evaluated with, by task; those of `data/templates.yaml`.
+# By task the prompts of `data/templates.yaml` that checkpoints are evaluated with; of `region_vqa` one of training.
 PROMPTS = {
     "detect": "Find every {phrase}.",
     "refer": "Find {phrase}.",
@@ -129,7 +128,9 @@ class PerceptionPipeline(Pipeline):
         Args:
             images: as `inputs` of [`__call__`].
             phrase (`str` or `list`, *optional*): with its article, "the left cup"; lists as `text` of [`__call__`].
-            box, mask, point (*optional*): in place of a phrase; as in [`__call__`].
+            box, mask, point (*optional*):
+                In place of a phrase; as in [`__call__`]. Where the items of a data set bring the regions, use
+                [`__call__`] with the text "Segment the object in <region>."
             kwargs: as in [`__call__`]. `ground=True` decodes no token, but finds one object for "two cups".
 
         Raises:
@@ -179,12 +180,13 @@ class PerceptionPipeline(Pipeline):
         Args:
             images: as `inputs` of [`__call__`].
             question (`str` or `list`): in your own words, also with `<region>` in it; lists as in [`__call__`].
-            box, mask, point (*optional*): what the question is about; as in [`__call__`].
+            box, mask, point (*optional*): what the question is about; as in [`__call__`]. Where the items of a data set
+                bring the regions, say in the question where they stand: "Look at <region>. What is it?"
             kwargs: as in [`__call__`].
         """
         regions = {"box": box, "mask": mask, "point": point}
         if any(value is not None for value in regions.values()):
-            question = _fill("region_vqa", question)
+            question = _about_region(question)
         return self(images, question, **regions, **kwargs)
 
     # ---- the steps of a pipeline -------------------------------------------------------------------------------------
@@ -396,10 +398,17 @@ class QuestionDataset(Dataset):
 
 
 def _fill(task: str, phrase):
-    """The prompt of a task about a phrase, or a list of them. A question that names its region stays as it is."""
+    """The prompt of a task about a phrase, or a list of them."""
     if isinstance(phrase, (list, tuple)):
         return [_fill(task, one) for one in phrase]
-    return phrase if REGION_PLACEHOLDER in phrase else PROMPTS[task].format(phrase=phrase)
+    return PROMPTS[task].format(phrase=phrase)
+
+
+def _about_region(question):
+    """A question, or a list of them, about a region; one that says where the region stands stays as it is."""
+    if isinstance(question, (list, tuple)):
+        return [_about_region(one) for one in question]
+    return question if REGION_PLACEHOLDER in question else _fill("region_vqa", question)
 
 
 def _with_question(image, question: dict) -> dict:
@@ -420,7 +429,7 @@ def _with_questions(inputs, text, regions: dict):
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [_with_question(image, row) for image, row in zip(inputs, rows, strict=True)]
     is_dataset = isinstance(inputs, Dataset)
-    if not is_dataset and not isinstance(inputs, GeneratorType):
+    if not is_dataset and not isinstance(inputs, Iterator):
         return _with_question(inputs, {"text": text, **regions})
     if regions:
         raise ValueError(
@@ -443,7 +452,9 @@ def _is_several(name: str, value) -> bool:
     if isinstance(SIGNALS[name].column, list):
         return nested
     # One mask may be a list as well, of polygons: flat lists of numbers.
-    return not nested or np.ndim(first) > 1 or isinstance(first[0], (list, tuple, np.ndarray))
+    if not nested or getattr(first, "ndim", 1) > 1:
+        return True
+    return len(first) > 0 and isinstance(first[0], (list, tuple, np.ndarray))
 
 
 def question_content(text: str, region: dict) -> list[dict]:

@@ -13,6 +13,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from perceptiongpt import PerceptionPipeline
 from perceptiongpt import pipeline_perceptiongpt as module
 from perceptiongpt.data.templates import load_templates
+from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.prefix_perceptiongpt import PrefixCache
 
 
@@ -146,6 +147,7 @@ def test_prompts_are_those_of_the_evaluation():
         ("ask", {"question": "What colour is it?"}, "What colour is it?"),
         ("ask", {"question": "What colour is it?", "box": BOXES[0]}, "Look at [box]. What colour is it?"),
         ("ask", {"question": "Is <region> red?", "box": BOXES[0]}, "Is [box] red?"),
+        ("detect", {"phrase": "dog in <region>", "box": BOXES[0]}, "Find every dog in [box]."),
     ],
 )
 def test_verbs(pipe, image, calls, verb, arguments, prompt):
@@ -186,11 +188,13 @@ def test_several_phrases_and_regions(pipe, image, calls):
 def test_several_masks(pipe, image):
     masks = np.zeros((2, 60, 100), dtype=bool)
     masks[0, 5:20, 5:40], masks[1, 30:50, 60:90] = True, True
-    polygons = [[[5, 5, 40, 5, 40, 20, 5, 20]], [[60, 30, 90, 30, 90, 50, 60, 50]]]
+    masks[0] |= decode_mask([[60, 5, 90, 5, 75, 25]], 60, 100)
+    # The rings of the first have unequal numbers of corners.
+    polygons = [[[5, 5, 40, 5, 40, 20, 5, 20], [60, 5, 90, 5, 75, 25]], [[60, 30, 90, 30, 90, 50, 60, 50]]]
     expected = [pipe.describe_region(image, mask=mask) for mask in masks]
     for several in (masks, [Image.fromarray(mask) for mask in masks], polygons):
         check_same(pipe.describe_region(image, mask=several), expected)
-    for one in (masks[0], polygons[0], [np.array(polygons[0][0])]):
+    for one in (masks[0], polygons[0], list(map(np.array, polygons[0]))):
         check_same([pipe.describe_region(image, mask=one)], expected[:1])
 
 
