@@ -20,8 +20,7 @@ APP_FILE = "app.py"
 CODE_FOLDER = "webapp"
 EXAMPLE_FOLDER = "examples"
 REQUIREMENTS_FILE = "requirements.txt"
-# What its code imports, and the code of a model; Gradio itself comes with the Space, in the version of the card.
-REQUIREMENTS = ("torch>=2.9", "transformers>=5.23,<6", "safetensors", "numpy", "pillow", "pycocotools")
+MORE_REQUIREMENTS = ("pycocotools",)  # beside those of this package; Gradio itself comes with the Space
 SPACE_FILES = (APP_FILE, f"{CODE_FOLDER}/*.py", REQUIREMENTS_FILE, SPACE_FILE, CARD_NAME, f"{EXAMPLE_FOLDER}/*")
 MESSAGE = "Publish a Space"
 
@@ -85,9 +84,10 @@ def stage_space(folder: str | Path, repo_id: str, model_id: str, revision: str |
     """
     files = [ROOT / APP_FILE, *sorted((ROOT / CODE_FOLDER).glob("*.py")), *sorted((ROOT / EXAMPLE_FOLDER).iterdir())]
     stage = fill_stage(ROOT, folder, files)
+    requirements = [line for line in importlib.metadata.requires("perceptiongpt") if "extra ==" not in line]
     stage.left_out.clear()  # the other files of this repository are not missed in a Space
     texts = {
-        REQUIREMENTS_FILE: "\n".join([*REQUIREMENTS, ""]),
+        REQUIREMENTS_FILE: "\n".join([*requirements, *MORE_REQUIREMENTS, ""]),
         SPACE_FILE: json.dumps({"model": model_id, "revision": revision}, indent=1),
         CARD_NAME: space_card(repo_id, model_id, facts),
     }

@@ -795,10 +795,9 @@ def test_the_stage_of_a_space(tmp_path):
     assert len(data.to_dict()["short_description"]) <= 60  # the Hub takes no more
     content = (stage.folder / "README.md").read_text()
     assert content.startswith("---\n") and "license" not in space_card("ann/a", "ann/tiny", Facts()).split("---")[1]
-    # The versions are those of this package.
-    setup = (ROOT / "setup.cfg").read_text()
     required = (stage.folder / "requirements.txt").read_text().split()
-    assert all(re.search(rf"^    {re.escape(line)}$", setup, re.MULTILINE) for line in required)
+    names = {re.match(r"[\w-]+", line)[0] for line in required}
+    assert names == {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "pycocotools"}
 
 
 @pytest.mark.parametrize(
