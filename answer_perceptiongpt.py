@@ -19,6 +19,7 @@ class AnswerReader:
         self.phrase_start_token_id, self.phrase_end_token_id = phrase_start_token_id, phrase_end_token_id
         self.phrase = None
         self._ids, self._text, self._decoded, self._start = [], "", "", None
+        self._last = None  # what `_decode` saw last, and what it returned
 
     def read(self, token: int) -> None:
         """Takes the next token."""
@@ -46,6 +47,8 @@ class AnswerReader:
 
     def _decode(self) -> tuple[str, str]:
         """All tokens decoded, and of that what came after the last marker, without blanks that follow a blank."""
+        if self._last is not None and self._last[0] == (len(self._ids), self._decoded):
+            return self._last[1]
         # Decoding from the start each time: tokenizers treat the blanks at the start of a text in their own way.
         decoded = self.tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         piece = decoded[len(self._decoded) :]
@@ -53,4 +56,5 @@ class AnswerReader:
             piece = piece.lstrip()
         elif self._text[-1].isspace():
             piece = piece.lstrip(" ")
+        self._last = (len(self._ids), self._decoded), (decoded, piece)
         return decoded, piece

@@ -82,7 +82,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             raise
 
     def _generate_objects(self, inputs, generation_config, **kwargs):
-        """`generate`, whose streamer does not know of errors yet."""
+        """`generate`, but for telling the streamer of errors."""
         prefix, names = kwargs.pop("prefix", None), self._signal_names(kwargs.pop("signals", None))
         self._refuse_modes(generation_config, kwargs, prefix)
         register_entry_points(self)

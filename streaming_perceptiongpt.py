@@ -27,8 +27,9 @@ class ObjectIteratorStreamer(BaseStreamer):
     - `{"type": "text", "text"}` -- what the text goes on with. All of them joined are the `text` of
       `post_process_generation`.
     - `{"type": "object", "index", "phrase", "span", "box", "score", "image"}` as soon as the object is complete: the
-      entries of an object of `post_process_generation` but the mask, and its number in the answer. Checkpoints with
-      points have `point` and `point_score`, too.
+      entries of an object of `post_process_generation` but the mask, and its number among all `<vis>` of the answer.
+      Checkpoints with points have `point` and `point_score`, too; with `signals=["mask"]` the mask stands here, in place
+      of a box.
     - `{"type": "mask", "index", "mask", "mask_score"}` after the object of that number.
 
     Masks are decoded one by one as their objects come, while `generate` waits; without `mask_format` the mask decoder
