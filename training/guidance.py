@@ -10,11 +10,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from perceptiongpt.data.collator import IGNORED_LABEL, packing_window
+
 
 GUIDED = "guided_sdpa"
 NUM_HEADS = 2
 LEAST_CELLS = 1.5  # area of a box: of a smaller one, no cell may show the object
-IGNORED_LABEL = -100
 
 
 def cells_in_boxes(boxes: torch.Tensor, grid: int) -> torch.Tensor:
@@ -45,7 +46,8 @@ class Guidance:
             which computes what sdpa does.
 
     Raises:
-        ValueError: the language model does not call the library's attention interface.
+        ValueError: the language model does not call the library's attention interface, has another attention than
+            sdpa, or sees only a window of a row, in which the image may not be.
     """
 
     def __init__(self, model):
@@ -54,6 +56,12 @@ class Guidance:
         layers = [module for module in model.model.language_model.modules() if hasattr(module, "q_proj")]
         if not layers:
             raise ValueError("guidance: the language model has no layers with `q_proj`; set guidance.weight to 0")
+        implementation = model.config.text_config._attn_implementation
+        if implementation not in ("sdpa", GUIDED) or packing_window(model.config) is not None:
+            raise ValueError(
+                f"guidance needs sdpa without sliding windows, and the language model has {implementation!r}; choose "
+                "another model.attn_implementation, or set guidance.weight to 0"
+            )
         model.set_attn_implementation({"text_config": GUIDED})
         self.config, self.targets, self.value = model.config, None, None
         layers[len(layers) // 2].guidance = self

@@ -98,14 +98,24 @@ class PerceptionTrainer(Trainer):
         if guidance_weight:
             if self.args.gradient_checkpointing:
                 raise ValueError("guidance needs gradient_checkpointing: false; or set guidance.weight to 0")
-            self.guidance = Guidance(self.accelerator.unwrap_model(self.model))
-            self.loss_terms += ("loss_guidance",)
-        self._train_sums = torch.zeros(len(self.loss_terms), device=self.args.device)
+            self.guidance = Guidance(self.plain_model)
+        self._train_sums = torch.zeros(len(self.train_terms), device=self.args.device)
         self._train_steps = 0
         # Of the language model's loss and each signal's; of the predicted IoU of each signal.
         self._eval_sums = torch.zeros(1 + 2 * len(self.signals), device=self.args.device)
         self._eval_counts = torch.zeros(1 + len(self.signals), dtype=torch.int64, device=self.args.device)
         self.add_callback(_FollowTheData(self))
+
+    @property
+    def plain_model(self):
+        """The model without wrappers and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def train_terms(self) -> tuple[str, ...]:
+        """The names of the terms that training logs; evaluation has no guidance."""
+        return self.loss_terms if self.guidance is None else (*self.loss_terms, "loss_guidance")
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Autocast to `compute_dtype`: weights that train are float32 beside frozen ones in it."""
@@ -117,7 +127,7 @@ class PerceptionTrainer(Trainer):
         """As the library's; parts with a rate of their own become groups of their own."""
         optimizer = super().create_optimizer(model)
         for part, rate in self.rates.items():
-            chosen = {id(one) for name, one in self.model.named_parameters() if part in name.split(".")}
+            chosen = {id(one) for name, one in (model or self.model).named_parameters() if part in name.split(".")}
             for group in list(optimizer.param_groups):
                 of_part = [parameter for parameter in group["params"] if id(parameter) in chosen]
                 if of_part:
@@ -173,8 +183,9 @@ class PerceptionTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             if self.guidance is not None:
                 guidance = self.guidance_weight * self.guidance.value / self.current_gradient_accumulation_steps
-                loss, outputs = loss + guidance, {**outputs, "loss_guidance": guidance}
-            self._train_sums += torch.stack([outputs[name].detach().float() for name in self.loss_terms])
+                # A mean over this process's boxes; `log` adds the processes up.
+                loss, outputs = loss + guidance, {**outputs, "loss_guidance": guidance / self.args.world_size}
+            self._train_sums += torch.stack([outputs[name].detach().float() for name in self.train_terms])
             return (loss, outputs) if return_outputs else loss
         # Sums, not means, so that the means over the data set do not depend on its batches. A signal's count is 1 in a
         # place of its own and infinite in the others', so that `loss_iou` comes apart into the signals.
@@ -195,8 +206,7 @@ class PerceptionTrainer(Trainer):
         for name, states_name in TOWER_STATES.items():
             keys = inputs.pop(f"{name}_keys", None)
             if keys is not None:
-                model = self.accelerator.unwrap_model(self.model)
-                model = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+                model = self.plain_model.model
                 model.vision_tower.eval()  # what is kept is not dropped from; the next step makes it train again
                 with torch.no_grad(), self.accelerator.autocast():
                     _, inputs[states_name] = model.encode_tower(inputs.pop(name))
@@ -223,7 +233,7 @@ class PerceptionTrainer(Trainer):
         """Adds the mean of each loss term over the steps since the last log."""
         if "loss" in logs and self._train_steps:
             terms = self.accelerator.reduce(self._train_sums, "sum") / self._train_steps
-            logs = {**logs, **dict(zip(self.loss_terms, terms.tolist(), strict=True))}
+            logs = {**logs, **dict(zip(self.train_terms, terms.tolist(), strict=True))}
             self._train_sums.zero_()
             self._train_steps = 0
         super().log(logs, *args, **kwargs)
