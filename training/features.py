@@ -7,7 +7,6 @@ of that changes, new features are made. The outputs of all layers are kept, sinc
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -71,8 +70,7 @@ class FeatureCache:
             path = self.path(key)
             path.parent.mkdir(exist_ok=True)
             image = {str(layer): values[index].contiguous() for layer, values in enumerate(states)}
-            handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".new")
-            os.close(handle)
+            unfinished = path.with_name(f"{path.stem}.{os.getpid()}.new")
             save_file(image, unfinished)
             os.replace(unfinished, path)
 
