@@ -198,7 +198,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             raise ValueError(f"`text` is {text!r:.80}; expected a string or a list of strings")
         texts = list(texts)
         image_rows = self._load_images(images, texts)
-        signals = self.signal_tensors(texts, image_rows, given, signal_image_index)
+        signals = self._signals(texts, image_rows, given, signal_image_index)
         flat_images = [image for row in image_rows for image in row] or None
         data = super().__call__(images=flat_images, text=texts, **kwargs).data
         for sample, (ids, one_text) in enumerate(zip(data["input_ids"], texts, strict=True)):
@@ -275,7 +275,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
             )
         return image
 
-    def signal_tensors(self, texts, image_rows, given: dict, signal_image_index=None) -> dict[str, np.ndarray]:
+    def _signals(self, texts, image_rows, given: dict, signal_image_index=None) -> dict[str, np.ndarray]:
         """
         The tensors of the checkpoint's signals, and `signal_image_index` if it was given, as arrays.
 

@@ -9,13 +9,11 @@ import copy
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from datasets import List
 from torch.utils.data import Dataset
 
-from perceptiongpt.chat_perceptiongpt import STRING, chat_form, flatten_messages
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
@@ -30,13 +28,6 @@ READ_PROBABILITIES = {"box": 0.6, "mask": 0.2, "both": 0.2}
 TOWER_STATES = {"pixel_values": "tower_states", "mask_pixel_values": "mask_tower_states"}
 AUTO = "auto"
 AUTO_PACK = 8  # questions of an image in a row: see docs/training.md for what more and fewer cost
-
-
-class ImageSize(NamedTuple):
-    """What the signals of an image need to know of it."""
-
-    height: int
-    width: int
 
 
 class PerceptionCollator:
@@ -182,83 +173,54 @@ class PerceptionCollator:
     def _process(self, row: dict) -> dict:
         """What does not change from epoch to epoch, kept for the last `cache_rows` rows."""
         if not self.cache_rows:
-            return self._process_row(row)
+            return self._process_rows([row])[0]
         images = [(image.size, zlib.crc32(image.tobytes())) for image in row_images(row)]
         key = repr((images, row["messages"], [row.get(signal.plural) for signal in self.signals]))
         if key not in self._cache:
-            self._cache[key] = self._process_row(row)
+            (self._cache[key],) = self._process_rows([row])
             if len(self._cache) > self.cache_rows:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _process_row(self, row: dict) -> dict:
-        batch = self.processor.apply_chat_template(
-            [row_to_messages(row)],
+    def _process_rows(self, rows: list[dict]) -> list[dict]:
+        """Rows without their draws, one call of the processor for all; the pixels of each are with it."""
+        processor = self.processor
+        batch = processor.apply_chat_template(
+            [row_to_messages(row) for row in rows],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": len(rows) > 1, "padding_side": "right"},
         )
+        lengths = batch["attention_mask"].sum(1).tolist()
+        assistant = torch.as_tensor(batch["assistant_masks"]).bool()
         values_and_flags = [name for signal in self.signals for name in (signal.plural, signal.valid_name)]
-        encoded = {key: batch[key][0] for key in ("input_ids", *values_and_flags)}
-        ids = encoded["input_ids"]
-        supervised = torch.as_tensor(batch["assistant_masks"])[0].bool() & (ids != self.image_token_id)
-        if not supervised.any():
-            raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
-        encoded["labels"] = ids.where(supervised, torch.full_like(ids, IGNORED_LABEL))
-        is_vis = ids == self.vis_token_id
-        encoded["answer"] = supervised[is_vis]
-        image_tokens = (ids == self.image_token_id).cumsum(0)
-        encoded["slot_image"] = image_tokens[is_vis] // self.processor.image_seq_length - 1
-        for key in ("pixel_values", "mask_pixel_values"):
-            if key in batch:
-                encoded[key] = batch[key]
-        encoded["name"] = describe_row(row)
-        return encoded
-
-    def _process_packed(self, rows: list[dict]) -> list[dict]:
-        """What `_process_row` makes of rows about one image: it is read once, and all texts at once.
-
-        The first row keeps the pixels. Rows that this cannot be done for are taken one by one.
-        """
-        processor, images = self.processor, row_images(rows[0])
-        form = chat_form(processor.chat_template, processor.tokenizer)
-        fits = form.content == STRING and form.marks_answers and form.ends_answers and not form.problem
-        fits = fits and "enable_thinking" not in processor.chat_template
-        if self.cache_rows or len(rows) == 1 or len(images) != 1 or not fits:
-            return [self._process(row) for row in rows]
-        first = self._process_row(rows[0])
-        flat = [flatten_messages(i, row_to_messages(row), processor.signals) for i, row in enumerate(rows)]
-        encoded = processor.tokenizer.apply_chat_template(
-            [messages for messages, _, _ in flat[1:]],
-            chat_template=processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        size = ImageSize(rows[0]["height"], rows[0]["width"])
-        processed = [first]
-        for row, (messages, _, slots), ids, mask in zip(
-            rows[1:], flat[1:], encoded["input_ids"], encoded["assistant_masks"], strict=True
-        ):
-            text = "".join(message["content"] for message in messages)
-            given = {signal.plural: [[slot[signal.name] for slot in slots]] for signal in self.signals}
-            signals = processor.signal_tensors([text], [[size]], given)
-            ids, supervised = torch.tensor(ids), torch.tensor(mask, dtype=torch.bool)
+        processed, images = [], 0
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids = batch["input_ids"][index, :length]
+            supervised = assistant[index, :length] & (ids != self.image_token_id)
             if not supervised.any():
                 raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
-            repeats = torch.where(ids == self.image_token_id, processor.image_seq_length, 1)
-            ids, supervised = ids.repeat_interleave(repeats), supervised.repeat_interleave(repeats)
-            one = {name: torch.from_numpy(values[0]) for name, values in signals.items()}
-            one = {name: value for name, value in one.items() if name in first}
+            is_vis = ids == self.vis_token_id
+            one = {key: batch[key][index, : int(is_vis.sum())] for key in values_and_flags}
             one["input_ids"] = ids
             one["labels"] = ids.where(supervised, torch.full_like(ids, IGNORED_LABEL))
-            one["answer"] = supervised[ids == self.vis_token_id]
-            one["slot_image"] = torch.zeros(len(slots), dtype=torch.int64)
+            one["answer"] = supervised[is_vis]
+            image_tokens = (ids == self.image_token_id).cumsum(0)
+            one["slot_image"] = image_tokens[is_vis] // processor.image_seq_length - 1
+            own_images = slice(images, images := images + len(row_images(row)))
+            one |= {key: batch[key][own_images] for key in ("pixel_values", "mask_pixel_values") if key in batch}
             one["name"] = describe_row(row)
             processed.append(one)
         return processed
+
+    def _process_packed(self, rows: list[dict]) -> list[dict]:
+        """Rows about one image without their draws; the image is read and resized once."""
+        if self.cache_rows or self.processor.tokenizer.pad_token_id is None:
+            return [self._process(row) for row in rows]
+        return self._process_rows([{**row, "image": rows[0]["image"]} for row in rows])
 
     def _groups(self, features) -> list[list[dict]]:
         groups = []
@@ -462,14 +424,19 @@ def choose_pack(pack: int | str | None, config) -> tuple[int | None, int | None]
     if pack is None:
         return None, None
     if pack == AUTO:
-        text_config = None if config is None else config.get_text_config()
-        takes_mask = "flash" not in str(getattr(text_config, "_attn_implementation", None))
-        return (AUTO_PACK, None) if takes_mask and packing_window(config) is None else (None, None)
+        if config is not None and not takes_packed_mask(config):
+            return None, None
+        return (AUTO_PACK if packing_window(config) is None else None), None
     if isinstance(pack, bool) or not isinstance(pack, int) or pack < 1:
         raise ValueError(
             f"pack is {pack!r}; expected {AUTO!r}, a number of questions from 1 on, or null for no packing"
         )
     return pack, packing_window(config)
+
+
+def takes_packed_mask(config) -> bool:
+    """Whether the attention of a config's language model takes a mask of its own for each row; flash does not."""
+    return "flash" not in (getattr(config.get_text_config(), "_attn_implementation", None) or "")
 
 
 def packing_window(config) -> int | None:
@@ -481,9 +448,10 @@ def packing_window(config) -> int | None:
     if config is None:
         raise ValueError("packing needs the model's config: PerceptionCollator(processor, config=model.config, ...)")
     text_config = config.get_text_config()
-    implementation = getattr(text_config, "_attn_implementation", None) or ""
-    if "flash" in implementation:
-        raise ValueError(f"packing needs a 4-D attention mask, which {implementation!r} does not take; use 'sdpa'")
+    if not takes_packed_mask(config):
+        raise ValueError(
+            f"packing needs a 4-D attention mask, which {text_config._attn_implementation!r} does not take; use 'sdpa'"
+        )
     layer_types = getattr(text_config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else getattr(text_config, "use_sliding_window", True)
     return getattr(text_config, "sliding_window", None) if slides else None
