@@ -1,18 +1,12 @@
 """The signal modules of a model, and the three ways in which they run: values in, values out, and back in."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS
 from .slots_perceptiongpt import several_processes
-
-
-def without_autocast(device: torch.device):
-    """A context in which autocast is off; entering `torch.autocast` where it is off anyway takes as long as a layer."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class SignalModulesMixin:
@@ -59,31 +53,39 @@ class SignalModulesMixin:
         """
         total, count = 0, 0
         # Outside autocast: bfloat16 coordinates would fall into bins.
-        with without_autocast(next(iter(values.values())).device):
+        with maybe_autocast(next(iter(values.values())).device.type, enabled=False):
+            chosen = self.chosen_slots(read)
             for name, value in values.items():
-                chosen = self.chosen_slots(name, read[name])
-                if chosen is None:
+                if name not in chosen:
                     embeddings = self.signals[name].encode(self, value.flatten(0, 1))
                 else:
-                    width = self.config.text_config.hidden_size
+                    width, index = self.config.text_config.hidden_size, chosen[name]
                     embeddings = torch.zeros(read[name].numel(), width, device=value.device)
-                    if len(chosen):
-                        encoded = self.signals[name].encode(self, value.flatten(0, 1)[chosen])
-                        embeddings = embeddings.index_copy(0, chosen, encoded)
+                    if len(index):
+                        encoded = self.signals[name].encode(self, value.flatten(0, 1)[index])
+                        embeddings = embeddings.index_copy(0, index, encoded)
                 embeddings = embeddings.unflatten(0, value.shape[:2])
                 weight = read[name][..., None].to(embeddings)
                 total, count = total + weight * embeddings, count + weight
             return total / count.clamp(min=1)
 
-    def chosen_slots(self, name: str, needed: torch.Tensor) -> torch.Tensor | None:
+    def chosen_slots(self, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        The slots of a costly signal that a training step runs for: indices into the flat `needed` `(batch_size, K)`,
-        `None` for all. At least one where several processes must agree; all in a compiled graph, of fixed shapes.
+        The slots that a training step runs signals for where that is costly: those that read an image.
+
+        Args:
+            needed (`dict[str, torch.Tensor]`): by signal name, bool of shape `(batch_size, K)`.
+
+        Returns:
+            by signal name indices into the flat `(batch_size, K)`; signals that are not in it run for all slots. At
+            least one slot where several processes must agree; nothing in a compiled graph, whose shapes are fixed.
         """
-        if not self.training or not self.signals[name].is_costly or torch.compiler.is_compiling():
-            return None
-        chosen = needed.flatten().nonzero()[:, 0]
-        return chosen.new_zeros(1) if several_processes() and not len(chosen) else chosen
+        if not self.training or torch.compiler.is_compiling():
+            return {}
+        costly = [name for name in needed if self.signals[name].reads_image]
+        chosen = {name: needed[name].flatten().nonzero()[:, 0] for name in costly}
+        at_least = 1 if several_processes() else 0
+        return {name: index if len(index) else index.new_zeros(at_least) for name, index in chosen.items()}
 
     def decode_signals(
         self,
@@ -103,22 +105,19 @@ class SignalModulesMixin:
             image_index (`torch.Tensor` of shape `(N,)`, int64): the image each state speaks of, -1 for none.
             names (`Iterable[str]`, *optional*): the signals to decode; by default all.
             every_signal (`bool`): whether the other signals are decoded, too, from the first state alone.
-            chosen (`dict[str, torch.Tensor]`, *optional*): by signal name indices of the states that count; by default
-                all do.
+            chosen (`dict[str, torch.Tensor]`, *optional*): of [`chosen_slots`].
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: by signal name the values `(N, ...)` and their predicted
             quality `(N,)`.
         """
-        decoded = {}
-        with without_autocast(states.device):
+        decoded, chosen = {}, chosen or {}
+        with maybe_autocast(states.device.type, enabled=False):
             for name, signal in self.signals.items():
                 if names is None or name in names:
-                    index = (chosen or {}).get(name)
-                    if index is None:
-                        decoded[name] = signal.decode(self, states, image_features, image_index)
-                    else:
-                        decoded[name] = signal.decode(self, states[index], image_features, image_index[index])
+                    index = chosen.get(name)
+                    own = (states, image_index) if index is None else (states[index], image_index[index])
+                    decoded[name] = signal.decode(self, own[0], image_features, own[1])
                 elif every_signal:
                     decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
         return decoded
@@ -129,7 +128,7 @@ class SignalModulesMixin:
         same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
         back: the box alone, unless another one says so.
         """
-        with without_autocast(states.device):
+        with maybe_autocast(states.device.type, enabled=False):
             fed_back = [signal for signal in self.signals.values() if signal.fed_back]
             embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
             return sum(embeddings) / len(embeddings)

@@ -300,8 +300,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             kwargs.pop(name, None)
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        device = self.device
-        device = tokens.device if device.type == "meta" else device
+        own = self.device
+        device = tokens.device if own.type == "meta" else own
         ids, embeds = (None, inputs_embeds) if inputs_embeds is not None else (input_ids.to(device), None)
 
         cache = kwargs.get("past_key_values")

@@ -12,7 +12,7 @@ def signal_losses(
     supervised: torch.Tensor,
     counts: dict,
     share: torch.Tensor | float,
-    chosen: dict | None = None,
+    chosen: dict,
 ) -> tuple[dict, torch.Tensor]:
     """
     The losses of all signals and of their predicted qualities.
@@ -26,7 +26,7 @@ def signal_losses(
         counts (`dict`): numbers of supervised values by `Signal.count_name`; those of this batch where one is missing.
         share (`float` or `torch.Tensor`):
             How large a part of its optimizer step this batch is; scales the losses of signals whose count is missing.
-        chosen (`dict[str, torch.Tensor]`, *optional*):
+        chosen (`dict[str, torch.Tensor]`):
             Of signals that were not decoded for all slots, the indices of those that they were decoded for.
 
     Returns:
@@ -38,7 +38,7 @@ def signal_losses(
         targets = slots["values"][name].flatten(0, 1).to(predictions.device)
         # Of a signal that is not given nothing is valid: its losses are 0 whatever was decoded.
         wanted = (supervised & slots["valid"][name].to(supervised.device)).flatten()
-        if (chosen or {}).get(name) is not None:
+        if name in chosen:
             targets, wanted = targets[chosen[name]], wanted[chosen[name]]
         value_loss, quality_loss = signal.loss(config, predictions, quality, targets)
         count = counts.get(signal.count_name)

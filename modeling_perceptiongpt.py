@@ -477,13 +477,13 @@ class PerceptionGPTForConditionalGeneration(
                 image_index = torch.full_like(image_index, -1)
             if labels is not None:
                 wanted = {name: supervised & slots["valid"][name].to(supervised.device) for name in names}
-                chosen = {name: self.model.chosen_slots(name, needed) for name, needed in wanted.items()}
+                chosen = self.model.chosen_slots(wanted)
             decoded = self.model.decode_signals(
                 states.flatten(0, 1), image_features, image_index.flatten(), names, run_every_module, chosen
             )
             for name in names:
                 parts = decoded[name]
-                if chosen.get(name) is not None:  # zeros stand for what was not decoded
+                if name in chosen:  # zeros stand for what was not decoded
                     parts = [
                         part.new_zeros(positions.numel(), *part.shape[1:]).index_copy(0, chosen[name], part)
                         for part in parts

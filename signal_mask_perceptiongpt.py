@@ -329,7 +329,6 @@ class MaskSignal(Signal):
     column = {"size": ["int32"], "counts": "string"}
     stays_float32 = False
     reads_image = True
-    is_costly = True
     drawn_as = "mask"
 
     def complete_config(self, config) -> None:

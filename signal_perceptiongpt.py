@@ -33,10 +33,9 @@ class Signal:
         fed_back (`bool`): whether the value decoded from an emitted `<vis>` is what the model reads next.
         stays_float32 (`bool`): whether values are coordinates, which no cast of a batch may touch.
         takes_noise (`bool`): whether `forward` takes `<plural>_noise`, added to the values that are read.
-        reads_image (`bool`): whether decoding needs the features of an image.
-        is_costly (`bool`):
-            Whether a training step encodes and decodes only the slots that are read and supervised. How many those are
-            is not known before, so it is not worth it for a few linear layers.
+        reads_image (`bool`):
+            Whether decoding needs the features of an image. That is costly: a training step runs such a signal only for
+            the slots that are read or learned.
         drawn_as (`str`, *optional*): how `drawing.py` draws a value: `"mask"`, `"box"`, `"dot"` or not at all.
     """
 
@@ -51,7 +50,6 @@ class Signal:
     stays_float32 = True
     takes_noise = False
     reads_image = False
-    is_costly = False
     drawn_as: str | None = None
 
     # ---- names that follow from the attributes -----------------------------------------------------------------------
