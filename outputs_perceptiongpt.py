@@ -1,6 +1,5 @@
 """What `forward` and `generate` return."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from .signals_perceptiongpt import with_signal_fields
 
 
-class QuickFields:
-    """
-    Base class of outputs whose fields are set as fast as others: a `ModelOutput` lists all its fields for each value
-    that it is given, which takes longer than a layer of a small model where there are twenty.
-    """
-
-    def __setattr__(self, name, value):
-        if value is not None and name in self.__dataclass_fields__:
-            OrderedDict.__setitem__(self, name, value)
-        object.__setattr__(self, name, value)
-
-
 @dataclass
-class PerceptionGPTImageFeatures(QuickFields, BaseModelOutputWithPooling):
+class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
     r"""
     pooler_output (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`):
         What stands in for the `<image>` tokens of each image.
@@ -39,7 +26,7 @@ class PerceptionGPTImageFeatures(QuickFields, BaseModelOutputWithPooling):
 
 
 @dataclass
-class PerceptionGPTModelOutputWithPast(QuickFields, BaseModelOutputWithPast):
+class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(images, grid * grid, text_hidden_size)`, *optional*):
         The projected features of the images.
@@ -53,7 +40,7 @@ class PerceptionGPTModelOutputWithPast(QuickFields, BaseModelOutputWithPast):
 
 @with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
 @dataclass
-class PerceptionGPTOutputWithPast(QuickFields, ModelOutput):
+class PerceptionGPTOutputWithPast(ModelOutput):
     r"""
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
         The sum of the terms below, each already weighted (paper, equations 2 to 5).
@@ -126,10 +113,10 @@ class SignalGenerateFields:
 
 
 @dataclass
-class PerceptionGPTGenerateOutput(QuickFields, SignalGenerateFields, GenerateDecoderOnlyOutput):
+class PerceptionGPTGenerateOutput(SignalGenerateFields, GenerateDecoderOnlyOutput):
     pass
 
 
 @dataclass
-class PerceptionGPTGenerateBeamOutput(QuickFields, SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
+class PerceptionGPTGenerateBeamOutput(SignalGenerateFields, GenerateBeamDecoderOnlyOutput):
     pass

@@ -1,6 +1,7 @@
 """`pipeline("perception", model=..., trust_remote_code=True)`: questions about images in, objects in pixels out."""
 
 from collections.abc import Iterator, Sized
+from contextlib import suppress
 from threading import Event, Thread
 
 import numpy as np
@@ -349,11 +350,8 @@ class PerceptionPipeline(Pipeline):
         inputs = self._prepare(row["conversations"])
 
         def run() -> None:
-            try:
-                with self.device_placement():
-                    self.model.generate(**inputs, **generate_kwargs)
-            except BaseException as error:  # raised where the events are read
-                streamer.fail(error)
+            with suppress(BaseException), self.device_placement():  # `generate` hands an error to the streamer
+                self.model.generate(**inputs, **generate_kwargs)
 
         def events() -> Iterator[dict]:
             thread = Thread(target=run)

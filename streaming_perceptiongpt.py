@@ -28,8 +28,8 @@ class ObjectIteratorStreamer(BaseStreamer):
       `post_process_generation`.
     - `{"type": "object", "index", "phrase", "span", "box", "score", "image"}` as soon as the object is complete: the
       entries of an object of `post_process_generation` but the mask, and its number among all `<vis>` of the answer.
-      Checkpoints with points have `point` and `point_score`, too; with `signals=["mask"]` the mask stands here, in place
-      of a box.
+      Checkpoints with points have `point` and `point_score`, too; with `signals=["mask"]` the mask stands here
+      instead of a box.
     - `{"type": "mask", "index", "mask", "mask_score"}` after the object of that number.
 
     Masks are decoded one by one as their objects come, while `generate` waits; without `mask_format` the mask decoder
@@ -112,15 +112,16 @@ class ObjectIteratorStreamer(BaseStreamer):
         """Called after the last token."""
         if self.reader is not None:
             self._show(self.reader.text())
-        self.decode = None
-        self._begin()
-        self.events.put(None)
+        self._finish(None)
 
     def fail(self, error: BaseException) -> None:
         """Called in place of `end` when `generate` raises."""
+        self._finish(error)
+
+    def _finish(self, event: BaseException | None) -> None:
         self.decode = None
         self._begin()
-        self.events.put(error)
+        self.events.put(event)
 
     def _show(self, text: str) -> None:
         if len(text) > self.shown:

@@ -24,7 +24,7 @@ from perceptiongpt.training.recipe import LORA_TARGETS
 
 BACKBONES = ("vision_tower", "language_model")
 # Outputs of `get_image_features` that hold a tower's own states, not what the model makes of them.
-TOWER_STATES = ("last_hidden_state", "hidden_states", "attentions")
+TOWER_OUTPUTS = ("last_hidden_state", "hidden_states", "attentions")
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def unreached_tower_parameters(model) -> set[str]:
         outputs = dict(twin.get_image_features(torch.zeros(1, 3, side, side), return_dict=True))
         if finer:
             outputs["mask_features"] = twin.get_mask_features(torch.zeros(1, 3, finer, finer))
-    read = [tensor for name, value in outputs.items() if name not in TOWER_STATES for tensor in tensors_in(value)]
+    read = [tensor for name, value in outputs.items() if name not in TOWER_OUTPUTS for tensor in tensors_in(value)]
     parameters = dict(twin.vision_tower.named_parameters())
     gradients = torch.autograd.grad(sum(tensor.sum() for tensor in read), [*parameters.values()], allow_unused=True)
     return {
