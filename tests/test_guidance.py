@@ -7,7 +7,7 @@ from drawn_rows import drawn_coco_folder, drawn_rows
 from perceptiongpt.data.collator import PerceptionCollator
 from perceptiongpt.train import train
 from perceptiongpt.training import guidance as guiding
-from perceptiongpt.training.guidance import NUM_HEADS, Guidance, cells_in_boxes
+from perceptiongpt.training.guidance import Guidance, cells_in_boxes
 from perceptiongpt.training.recipe import complete_recipe
 
 
@@ -30,7 +30,7 @@ def test_it_is_minus_the_log_of_the_attention_to_the_target(make_tiny_model, mon
     answers = (batch["input_ids"] == model.config.vis_token_id) & (batch["labels"] != -100)
     assert torch.equal(torch.stack([looking, positions + 1], 1), answers.nonzero())
     middle = expected.attentions[len(expected.attentions) // 2]
-    paid = (middle[looking, :NUM_HEADS, positions] * targets[:, None]).sum(-1)
+    paid = (middle[looking, :, positions] * targets[:, None]).sum(-1)
     assert float(guidance.value) == pytest.approx(float(-paid.log().mean()), rel=1e-4)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
 

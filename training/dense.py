@@ -5,10 +5,11 @@ object covers is scored on the words of the object's phrase, on the object's box
 cell the object covers. The labels come from rows with masks (`training/cells.py`): `data.train` is what it is for joint
 training, and rows without masks teach nothing. In `scenes`, the task `spotting_caption` names all objects.
 
-The tower, its stage maps, the mixtures, the position table and the projector train. The heads that score the cells are
-in the stage's checkpoints, to resume from, and not in the model that it leaves. Its projector is changed last: cells
-get the size of word embeddings, and their common mean is taken away, which every layer of a language model would add to
-all tokens anew until nothing else can be told apart.
+The tower, its stage maps, the mixtures, the position table, the projector and the box decoder train; the decoder reads
+cells as it later reads states. The heads that score words and parts are in the stage's checkpoints, to resume from, and
+not in the model that it leaves. Its projector is changed last: cells get the size of word embeddings, and their common
+mean is taken away, which every layer of a language model would add to all tokens anew until nothing else can be told
+apart. Where all word embeddings agree in an entry (`training/language_model.py`), cells get its negative.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from perceptiongpt.data.schema import describe_row, row_images
-from perceptiongpt.signal_box_perceptiongpt import BoxDecoder, box_iou_and_giou
+from perceptiongpt.signal_box_perceptiongpt import BoxDecoder, PerceptionGPTBoxConfig, box_iou_and_giou
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 from perceptiongpt.training.adapters import (
     model_dtype,
@@ -41,6 +42,7 @@ DEFAULTS = {
     "rows_per_image": 16,  # the most rows about one image that its labels are made from
 }
 MOMENTUM = 0.02  # of the running moments of the cells
+AGREED = 0.9  # share of embeddings that have the same number in an entry
 LARGEST_LOGIT = 20.0  # at first, of a cell that lies in the direction of one token
 LOSSES = ("loss_words", "loss_box", "loss_bits")
 TRAINED = (
@@ -50,6 +52,7 @@ TRAINED = (
     "mask_mixture",
     "position_table",
     "multi_modal_projector",
+    "box_decoder",
 )
 
 
@@ -131,7 +134,8 @@ class DenseModel(nn.Module):
             raise ValueError("the stage dense is not for models with a finer mask path (mask_image_size)")
         self.model, self.config, self.settings = model.model, config, {**DEFAULTS, **(settings or {})}
         self.gain = nn.Parameter(torch.tensor(LARGEST_LOGIT * config.text_config.hidden_size**-0.5))
-        self.box = BoxDecoder(config.box_config, config.text_config.hidden_size)
+        if "box" not in config.signals:
+            self.box = BoxDecoder(PerceptionGPTBoxConfig(), config.text_config.hidden_size)
         self.bits = nn.Linear(config.feature_size, BITS * BITS)
         self.register_buffer("cells_mean", torch.zeros(config.text_config.hidden_size))
         self.register_buffer("cells_square", torch.ones(()))
@@ -160,12 +164,15 @@ class DenseModel(nn.Module):
 
     @torch.no_grad()
     def center_cells(self) -> None:
-        """Change the projector so that cells have no common mean and the size of word embeddings."""
-        last = self.model.multi_modal_projector.linear_2
-        size = self.model.get_input_embeddings().weight.float().square().mean().sqrt()
-        scale = size / (self.cells_square - self.cells_mean.square().mean()).sqrt()
+        """Change the projector so that cells have the size of word embeddings, no common mean, and no mark of words."""
+        last, embeddings = self.model.multi_modal_projector.linear_2, self.model.get_input_embeddings().weight.float()
+        scale = embeddings.square().mean().sqrt() / (self.cells_square - self.cells_mean.square().mean()).sqrt()
         last.weight.mul_(scale)
         last.bias.sub_(self.cells_mean).mul_(scale)
+        usual = embeddings.median(0).values
+        agreed = (embeddings == usual).float().mean(0) > AGREED
+        last.weight[agreed] = 0.0
+        last.bias[agreed] = -usual[agreed]
 
     def forward(
         self,
@@ -211,7 +218,8 @@ class DenseModel(nn.Module):
             loss_words = -(shares * logits.log_softmax(-1)).sum() / named_cells
 
             boxes = object_boxes[image, held]
-            predicted, quality = self.box(cells)
+            decode_box = self.model.box_decoder if "box" in self.config.signals else self.box
+            predicted, quality = decode_box(cells - self.cells_mean)
             loss_box = sum(SIGNALS["box"].loss(self.config, predicted, quality, boxes)).sum() / all_cells
 
             bit_logits = self.bits(features.mask_features[:, : owned.shape[1]].float()[owned])

@@ -1,7 +1,7 @@
-"""Guidance: two attention heads of the language model are told which cells of the image to look at.
+"""Guidance: a layer of the language model is told which cells of the image to look at.
 
 A box is read from one cell among hundreds. Until the model looks at the right one, the loss of the box says little.
-Guidance adds minus the log of the attention that two heads of a middle layer pay to the cells of the target, from the
+Guidance adds minus the log of the attention that the heads of the middle layer pay to the cells of the target, from the
 state that predicts its `<vis>`. It costs no further pass: the scores of those states are computed beside the attention.
 """
 
@@ -14,7 +14,6 @@ from perceptiongpt.data.collator import IGNORED_LABEL, packing_window
 
 
 GUIDED = "guided_sdpa"
-NUM_HEADS = 2
 LEAST_CELLS = 1.5  # area of a box: of a smaller one, no cell may show the object
 
 
@@ -95,7 +94,7 @@ class Guidance:
             scaling (`float`): of the scores.
         """
         rows, positions, targets = self.targets
-        groups, heads = query.shape[1] // key.shape[1], torch.arange(NUM_HEADS, device=query.device)
+        groups, heads = query.shape[1] // key.shape[1], torch.arange(query.shape[1], device=query.device)
         query = query[rows[:, None], heads, positions[:, None]].float()
         key = key[rows[:, None], heads // groups].float()
         scores = torch.einsum("nhd,nhld->nhl", query, key) * scaling

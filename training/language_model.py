@@ -9,6 +9,7 @@ templates, from drawn and asked scenes, and from the given texts. Every word tha
 token.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from perceptiongpt.data.templates import load_templates
 # How often each word of `whole_words` is counted: in a share of all lines, so that it is merged early on.
 LEAST_COUNT, COUNTED_SHARE = 2000, 0.05
 SCENES = 100  # drawn and asked about
-MLP_SHARE = 0.3  # of what an MLP with the library's initial weights would add
-MARK = 2.0  # the first entry of every token embedding
-NUM_GATHERING_LAYERS, GATHERING_WEIGHT = 2, 0.6
+# Of the initial weights, for embeddings whose entries have size 1.
+MARK, SINK = 2.0, 10.0  # the first entry of all embeddings; the second of the roles' names
+NEAR_FREQUENCIES = (0.075, 0.03)  # radians per token
+NEAR_WEIGHT, MARK_WEIGHT = 1.5, 3.0  # of queries and keys
+GAIN = 8.0  # of what the first and the middle layer find
+OTHERS_SHARE = 0.1  # of what the library's initial weights would add
 ROLES = ("system", "user", "assistant")  # chat templates name them in every turn
 
 
@@ -87,28 +91,59 @@ def train_tokenizer(files: Iterable[str | Path] = (), vocab_size: int = 2048) ->
 
 
 @torch.no_grad()
-def let_like_find_like(model: LlamaForCausalLM) -> None:
-    """Initial weights with which a small model soon finds what a word names among the cells of an image.
+def let_words_find_cells(model: LlamaForCausalLM, tokenizer) -> None:
+    """Initial weights with which a small model soon finds what words name among the cells of an image.
 
-    In the manner of "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828): queries equal keys, so that a
-    token looks at what is like it; the output projection is the transpose of the values', so that what it finds arrives
-    as it was. In the first layers one head looks at the words just before, whatever they are: all embeddings agree in
-    their first entry, which image cells do not have. So the last state of a question gathers its words, and looks for
-    what is like all of them. Embeddings have the size of what passes through the layers, and MLPs add little at first.
+    Learned from nothing, it takes tens of thousands of questions until any gradient says which cell to look at. So three
+    things that it would have to come upon are there from the start, in the manner of "Mimetic Initialization of
+    Self-Attention Layers" (arXiv 2305.09828):
+
+    - The first layer adds to each token the words just before it, so that the end of a question holds the question.
+      All word embeddings have `MARK` in their first entry and cells its negative, which `dense.py` sees to; so cells can
+      be left out. What is no word looks at the names of roles, which say nothing: all of them are a second mark.
+    - The queries of the middle layer equal its keys, so that a token finds what is like it, and values pass through
+      unchanged, so that it gets the cell that it found, with all that the cell says.
+    - All other layers add little.
+
+    Args:
+        model: a model of `save_language_model`.
+        tokenizer: its tokenizer.
     """
-    config = model.config
-    model.model.embed_tokens.weight.normal_(0.0, 1.0)
-    model.model.embed_tokens.weight[:, 0] = MARK
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
-        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
-        layer.mlp.down_proj.weight.mul_(MLP_SHARE)
-        if index < NUM_GATHERING_LAYERS:
-            for projection in (attention.q_proj, attention.k_proj):
-                projection.weight[-config.head_dim :] = 0.0
-                projection.weight[-config.head_dim :, 0] = GATHERING_WEIGHT
-            attention.o_proj.weight[:, -config.head_dim :] *= config.num_attention_heads**0.5
+    config, embeddings = model.config, model.model.embed_tokens.weight
+    embeddings.normal_(0.0, 1.0)
+    embeddings[:, :2] = 0.0
+    embeddings.mul_(config.hidden_size**0.5 / embeddings.norm(dim=-1, keepdim=True))
+    roles = tokenizer.convert_tokens_to_ids(list(ROLES))
+    embeddings[roles] = 0.0
+    embeddings[roles, 1] = SINK
+    embeddings[:, 0] = MARK
+
+    layers = model.model.layers
+    for layer in layers:
+        layer.self_attn.o_proj.weight.mul_(OTHERS_SHARE)
+        layer.mlp.down_proj.weight.mul_(OTHERS_SHARE)
+
+    gathering, finding = layers[0].self_attn, layers[len(layers) // 2].self_attn
+    finding.k_proj.weight.copy_(finding.q_proj.weight)
+    for attention in (gathering, finding):
+        attention.v_proj.weight.copy_(torch.eye(config.hidden_size))
+        attention.v_proj.weight[:2] = 0.0
+        attention.o_proj.weight.copy_(GAIN * torch.eye(config.hidden_size))
+    if gathering is finding:
+        return
+    # Of a head's pairs of dimensions, those that turn at `NEAR_FREQUENCIES` fade within some ten tokens, the last two
+    # hardly turn at all.
+    num_pairs = config.head_dim // 2
+    theta = config.rope_parameters["rope_theta"]
+    near = [round(num_pairs * math.log(1 / frequency, theta)) for frequency in NEAR_FREQUENCIES]
+    queries, keys = (
+        projection.weight.zero_().unflatten(0, (config.num_attention_heads, config.head_dim))
+        for projection in (gathering.q_proj, gathering.k_proj)
+    )
+    for projection in (queries, keys):
+        projection[:, near, 0] = NEAR_WEIGHT
+        projection[:, num_pairs - 2, 0] = MARK_WEIGHT
+    queries[:, num_pairs - 1, 0], keys[:, num_pairs - 1, 1] = -MARK_WEIGHT, MARK_WEIGHT
 
 
 def save_language_model(
@@ -150,6 +185,6 @@ def save_language_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        let_like_find_like(model)
+        let_words_find_cells(model, tokenizer)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
