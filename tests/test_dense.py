@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from backbones import TINY_SIGNALS
 from drawn_rows import drawn_coco_folder
@@ -28,7 +30,7 @@ from perceptiongpt.training.cells import (
     slot_phrases,
 )
 from perceptiongpt.training.dense import LOSSES, TRAINED, DenseCollator, DenseModel, DenseTrainer, run_stage
-from perceptiongpt.training.language_model import save_language_model, train_tokenizer
+from perceptiongpt.training.language_model import MARK, save_language_model, train_tokenizer
 from perceptiongpt.training.recipe import complete_recipe, stage_recipes
 
 
@@ -159,7 +161,7 @@ def test_everything_that_is_said_to_train_gets_a_gradient_and_nothing_else(make_
         assert with_gradient == {name for name, value in dense.named_parameters() if value.requires_grad}
         parts = {name.removeprefix("model.").split(".")[0] for name in with_gradient}
         of_pyramids = {"vision_stages"} if model.config.is_pyramid else set()
-        assert parts == set(TRAINED) - {"vision_stages"} | of_pyramids | {"gain", "box", "bits"}
+        assert parts == set(TRAINED) - {"vision_stages"} | of_pyramids | {"gain", "bits"}
 
 
 def test_cells_leave_the_stage_centered_and_as_large_as_words(pyramid):
@@ -175,20 +177,21 @@ def test_cells_leave_the_stage_centered_and_as_large_as_words(pyramid):
         dense.center_cells()
         cells = model.get_image_features(pixels, return_dict=True).pooler_output
     size = model.get_input_embeddings().weight.square().mean()
-    torch.testing.assert_close(cells.square().mean(), size, rtol=1e-3, atol=0)
-    assert before.mean((0, 1)).abs().max() > 0.01 and cells.mean((0, 1)).abs().max() < 1e-4
+    torch.testing.assert_close(cells.square().mean(), size, rtol=0.05, atol=0)
+    assert before.mean((0, 1)).abs().max() > 0.01 and cells[..., 1:].mean((0, 1)).abs().max() < 1e-4
+    assert (cells[..., 0] == -MARK).all() and (cells[..., 1] == 0).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cells_learn_what_they_show(pyramid, seed):
-    """Four scenes, again and again: after 40 steps 0.89 to 0.93 of the words were right for these seeds, and 0.59 to
-    0.66 with the images in another order. The best guess that is the same for all cells gets 0.25 to 0.47."""
+    """Four scenes, again and again: after 60 steps 0.91 to 0.94 of the words were right for these seeds, and at
+    least 0.15 less with the images in another order. The best guess that is the same for all cells gets 0.25 to 0.47."""
     model, processor = pyramid
     torch.manual_seed(seed)
     dense = DenseModel(model).train()
     batch = scenes_batch(model, processor, seed)
     optimizer = torch.optim.AdamW([value for value in dense.parameters() if value.requires_grad], lr=4e-3)
-    for _ in range(40):
+    for _ in range(60):
         losses = dense(**batch)
         optimizer.zero_grad()
         losses["loss"].backward()
@@ -343,6 +346,32 @@ def test_words_of_scenes_are_single_tokens_and_any_text_comes_back(tmp_path):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     with pytest.raises(ValueError, match="no room"):
         train_tokenizer(vocab_size=300)
+
+
+def test_a_fresh_language_model_finds_the_cell_that_words_name(tmp_path):
+    """Untrained, among 16 cells of which one is like two of the words: 13, 25 and 27 of 50 for the seeds 0 to 2 of the
+    weights; by chance 3."""
+    save_language_model(tmp_path, vocab_size=768, hidden_size=96, num_layers=3, num_heads=3)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    embeddings = model.get_input_embeddings().weight
+    torch.manual_seed(0)
+    num_found = 0
+    for index in range(50):
+        color, shape = list(COLORS)[index % len(COLORS)], list(SHAPES)[index % len(SHAPES)]
+        before, after = (
+            embeddings[tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]]
+            for text in ("user:\n", f"Find the {color} {shape}.\nassistant:\n")
+        )
+        cells = torch.randn(16, 96)
+        cells[index % 16] += 2 * embeddings[tokenizer(f" {color} {shape}", add_special_tokens=False).input_ids].sum(0)
+        cells = F.rms_norm(cells, (96,))
+        cells[:, 0], cells[:, 1] = -MARK, 0.0
+        with torch.no_grad():
+            outputs = model(inputs_embeds=torch.cat([before, cells, after])[None], output_attentions=True)
+        paid = outputs.attentions[1][0, :, -1, len(before) : -len(after)].mean(0)
+        num_found += int(paid.argmax()) == index % 16
+    assert num_found >= 9
 
 
 def test_a_recipe_makes_a_fresh_language_model(tiny_backbones, fresh_text):
