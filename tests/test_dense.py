@@ -184,8 +184,8 @@ def test_cells_leave_the_stage_centered_and_as_large_as_words(pyramid):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cells_learn_what_they_show(pyramid, seed):
-    """Four scenes, again and again: after 60 steps 0.91 to 0.94 of the words were right for these seeds, and at
-    least 0.15 less with the images in another order. The best guess that is the same for all cells gets 0.25 to 0.47."""
+    """Four scenes, again and again: after 60 steps 0.91 to 0.94 of the words were right for these seeds, and
+    at least 0.15 less with the images in another order. The best guess that is the same for all cells gets 0.25 to 0.47."""
     model, processor = pyramid
     torch.manual_seed(seed)
     dense = DenseModel(model).train()
@@ -205,7 +205,7 @@ def test_cells_learn_what_they_show(pyramid, seed):
 def test_losses_are_sums_over_the_counts_of_the_step(pyramid):
     """Two halves of a batch, each told the counts of the whole, add up to the whole; so do images without objects."""
     model, processor = pyramid
-    dense, trainer = DenseModel(model), DenseTrainer.count_targets
+    dense, trainer = DenseModel(model).eval(), DenseTrainer.count_targets
     scenes = ScenesDataset(3, seed=1, tasks=NAMED)
     empty = {**scenes[0], "masks": [], "messages": [{"role": "user", "content": "<image>Hello."}], "task": "caption"}
     collator = DenseCollator(processor, model.config)

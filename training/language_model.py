@@ -94,13 +94,13 @@ def train_tokenizer(files: Iterable[str | Path] = (), vocab_size: int = 2048) ->
 def let_words_find_cells(model: LlamaForCausalLM, tokenizer) -> None:
     """Initial weights with which a small model soon finds what words name among the cells of an image.
 
-    Learned from nothing, it takes tens of thousands of questions until any gradient says which cell to look at. So three
-    things that it would have to come upon are there from the start, in the manner of "Mimetic Initialization of
+    Learned from nothing, it takes tens of thousands of questions until any gradient says which cell to look at. So
+    three things that it would have to come upon are there from the start, in the manner of "Mimetic Initialization of
     Self-Attention Layers" (arXiv 2305.09828):
 
     - The first layer adds to each token the words just before it, so that the end of a question holds the question.
-      All word embeddings have `MARK` in their first entry and cells its negative, which `dense.py` sees to; so cells can
-      be left out. What is no word looks at the names of roles, which say nothing: all of them are a second mark.
+      All word embeddings have `MARK` in their first entry and cells its negative, which `dense.py` sees to; so cells
+      can be left out. What is no word looks at the names of roles, which say nothing: they have a second mark.
     - The queries of the middle layer equal its keys, so that a token finds what is like it, and values pass through
       unchanged, so that it gets the cell that it found, with all that the cell says.
     - All other layers add little.
