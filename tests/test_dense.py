@@ -185,7 +185,8 @@ def test_cells_leave_the_stage_centered_and_as_large_as_words(pyramid):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cells_learn_what_they_show(pyramid, seed):
     """Four scenes, again and again: after 60 steps 0.91 to 0.94 of the words were right for these seeds, and
-    at least 0.15 less with the images in another order. The best guess that is the same for all cells gets 0.25 to 0.47."""
+    at least 0.15 less with the images in another order. The best guess that is the same for all cells gets 0.25 to
+    0.47."""
     model, processor = pyramid
     torch.manual_seed(seed)
     dense = DenseModel(model).train()
