@@ -300,7 +300,7 @@ def test_resumed_equals_uninterrupted_exactly(tiny_model_dir, coco_folder, tmp_p
 def test_parts_have_rates_of_their_own(make_tiny_model, coco_folder, tmp_path):
     model, processor = make_tiny_model()
     recipe = make_recipe(coco_folder, {"checkpoint": "unused"}, "full", weight_decay=0.1)
-    rates = {"multi_modal_projector": 0, "box_decoder": 0.25}
+    rates = {"multi_modal_projector": 0, "box_decoder": 0.25, "layers.0.self_attn": 3}
     recipe["adapter"] |= {"rates": rates}
     model = training.add_adapter(model, **recipe["adapter"])
     args = training.training_arguments(recipe, tmp_path)
@@ -313,7 +313,8 @@ def test_parts_have_rates_of_their_own(make_tiny_model, coco_folder, tmp_path):
         if part in ("vision_tower", "multi_modal_projector"):
             assert not parameter.requires_grad and id(parameter) not in found, name
         else:
-            assert found[id(parameter)][0] == (2.5e-3 if part == "box_decoder" else 1e-2), name
+            expected = 2.5e-3 if part == "box_decoder" else 3e-2 if ".layers.0.self_attn." in name else 1e-2
+            assert found[id(parameter)][0] == pytest.approx(expected), name
     for wrong in ({"box_decodr": 1}, {"box_decoder": -1}, {"vision_tower": 0.1}):
         with pytest.raises(ValueError, match=f"adapter.rates: {next(iter(wrong))}: .*box_decoder"):
             training.add_adapter(make_tiny_model()[0], "full", rates=wrong)

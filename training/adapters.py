@@ -126,7 +126,7 @@ def add_adapter(
         rank, alpha, dropout: of LoRA (paper: rank 32).
         target_modules: names of the language model's projections that get LoRA.
         train_vision_tower: for `full` only.
-        rates: by the name of a part its learning rate as a share of the run's; parts at 0 are frozen.
+        rates: by the name of a part, or a dotted name in it, its learning rate as a share of the run's; 0 freezes it.
 
     Returns:
         The model itself for `full`, else a `PeftModel` around it.
@@ -147,7 +147,7 @@ def add_adapter(
     else:
         model = add_peft_adapter(model, mode, rank, alpha, dropout, target_modules)
     for part, rate in rates.items():
-        found = [one for name, one in model.named_parameters() if part in name.split(".") and one.requires_grad]
+        found = [one for name, one in model.named_parameters() if f".{part}." in f".{name}." and one.requires_grad]
         if not found or not rate >= 0:
             trained = ", ".join(name for name, trainable, _ in parameter_table(model) if trainable and name != "all")
             raise ValueError(

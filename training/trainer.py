@@ -127,7 +127,7 @@ class PerceptionTrainer(Trainer):
         """As the library's; parts with a rate of their own become groups of their own."""
         optimizer = super().create_optimizer(model)
         for part, rate in self.rates.items():
-            chosen = {id(one) for name, one in (model or self.model).named_parameters() if part in name.split(".")}
+            chosen = {id(one) for name, one in (model or self.model).named_parameters() if f".{part}." in f".{name}."}
             for group in list(optimizer.param_groups):
                 of_part = [parameter for parameter in group["params"] if id(parameter) in chosen]
                 if of_part:
