@@ -32,6 +32,7 @@ SCENES = 100  # drawn and asked about
 MARK, SINK = 2.0, 10.0  # the first entry of all embeddings; the second of the roles' names
 NEAR_FREQUENCIES = (0.075, 0.03)  # radians per token
 NEAR_WEIGHT, MARK_WEIGHT = 1.5, 3.0  # of queries and keys
+SHARPNESS = 1.3  # of the queries and keys of the middle layer
 GAIN = 8.0  # of what the first and the middle layer find
 OTHERS_SHARE = 0.1  # of what the library's initial weights would add
 ROLES = ("system", "user", "assistant")  # chat templates name them in every turn
@@ -101,8 +102,8 @@ def let_words_find_cells(model: LlamaForCausalLM, tokenizer) -> None:
     - The first layer adds to each token the words just before it, so that the end of a question holds the question.
       All word embeddings have `MARK` in their first entry and cells its negative, which `dense.py` sees to; so cells
       can be left out. What is no word looks at the names of roles, which say nothing: they have a second mark.
-    - The queries of the middle layer equal its keys, so that a token finds what is like it, and values pass through
-      unchanged, so that it gets the cell that it found, with all that the cell says.
+    - The queries of the middle layer equal its keys, so that a token finds what is like it. All heads look alike, and
+      values pass through unchanged, so that the token gets the cell that it found with all that the cell says.
     - All other layers add little.
 
     Args:
@@ -124,7 +125,9 @@ def let_words_find_cells(model: LlamaForCausalLM, tokenizer) -> None:
         layer.mlp.down_proj.weight.mul_(OTHERS_SHARE)
 
     gathering, finding = layers[0].self_attn, layers[len(layers) // 2].self_attn
-    finding.k_proj.weight.copy_(finding.q_proj.weight)
+    one_head = SHARPNESS * finding.q_proj.weight[: config.head_dim]
+    for projection in (finding.q_proj, finding.k_proj):
+        projection.weight.copy_(one_head.repeat(config.num_attention_heads, 1))
     for attention in (gathering, finding):
         attention.v_proj.weight.copy_(torch.eye(config.hidden_size))
         attention.v_proj.weight[:2] = 0.0
