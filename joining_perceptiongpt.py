@@ -1,12 +1,15 @@
-"""New models from pretrained parts: a vision tower and a language model, or a whole LLaVA checkpoint."""
+"""New models from pretrained parts: a vision tower and a language model, or a whole vision-language model."""
+
+import inspect
 
 import torch
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
-    LlavaForConditionalGeneration,
 )
 from transformers.utils import logging
 
@@ -18,6 +21,38 @@ logger = logging.get_logger(__name__)
 
 # The config's names for the first of `ADDED_TOKENS`; the rest are reserved.
 TOKEN_ID_NAMES = ("image_token_id", "vis_token_id", "phrase_start_token_id", "phrase_end_token_id")
+
+# Vision-language models whose image tokens are the patches of one layer of their tower, in order, each mapped by a
+# two-layer projector of LLaVA's names: by model type the attribute that holds the tower for images.
+VLM_TOWERS = {"llava": "vision_tower", "video_llava": "image_tower"}
+# Models like these that are something else, each with the reason why it cannot be the base.
+_TILES = "it reads an image as tiles, as many as its shape asks for"
+_SHUFFLE = "it joins neighbouring patches before they are projected"
+_NORMED = "its projector reads the tower's last layer after a norm, which a mixture of layers cannot express"
+_BOTH_WAYS = "its tokens of a prompt or an image attend to later ones"
+VLM_REFUSALS = {
+    "aya_vision": _SHUFFLE,
+    "cohere2_vision": _SHUFFLE,
+    "deepseek_vl": _NORMED,
+    "deepseek_vl_hybrid": "it reads an image with two towers",
+    "fast_vlm": "its tower is a model of timm, which is not supported",
+    "gemma3": _BOTH_WAYS,
+    "idefics2": "a resampler stands between its tower and its language model",
+    "idefics3": _SHUFFLE,
+    "internvl": _SHUFFLE,
+    "janus": _NORMED,
+    "lighton_ocr": "it reads an image at a size of its own, not on a fixed grid",
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "mistral3": "it reads an image at a size of its own, not on a fixed grid",
+    "paligemma": _BOTH_WAYS,
+    "perception_lm": _TILES,
+    "smolvlm": _SHUFFLE,
+    "vipllava": "its projector reads several layers of the tower side by side, under a norm",
+}
+# Arguments of towers that read images at sizes of their own.
+SIZE_ARGUMENTS = ("image_sizes", "spatial_shapes", "image_grid_thw", "grid_thw")
 
 
 class JoiningMixin:
@@ -48,42 +83,81 @@ class JoiningMixin:
         return cls._join(vision_tower, text_model.base_model, text_model.lm_head, tokenizer, config_kwargs)
 
     @classmethod
-    def from_llava_pretrained(cls, llava: str, *, tokenizer=None, dtype=None, **config_kwargs):
+    def from_vlm_pretrained(cls, vlm: str, *, tokenizer=None, dtype=None, **config_kwargs):
         """
-        Starts from a LLaVA checkpoint: the same logits at first, and signal modules to train.
+        Starts from a vision-language model: the same logits at first, and signal modules to train.
+
+        The tower, the projector, the language model and its head are taken over. `from_backbones(vlm, vlm, config)` of
+        the processor takes over its chat template and its normalisation of images.
 
         Args:
-            llava (`str`): a checkpoint of [`LlavaForConditionalGeneration`], from the Hub or a folder.
+            vlm (`str`):
+                A checkpoint, from the Hub or a folder, of LLaVA or of Video-LLaVA, of which the tower for videos is
+                left out.
             tokenizer, dtype, config_kwargs: as in [`from_vision_text_pretrained`].
+
+        Raises:
+            ValueError: image tokens of the checkpoint are not the patches of one layer of a tower on a fixed grid; the
+                message says what they are. Where the config tells, no weights are loaded.
         """
-        model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
-        config, num_layers = model.config, model.config.vision_config.num_hidden_layers
-        layer = config.vision_feature_layer
+        settings = cls._projector_settings(vlm, AutoConfig.from_pretrained(vlm))
+        model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype)
+        if tokenizer is None:
+            tokenizer = cls._find_tokenizer(vlm)
+        joined = cls._join(
+            getattr(model.model, VLM_TOWERS[model.config.model_type]),
+            model.model.language_model,
+            model.lm_head,
+            tokenizer,
+            {**settings, **config_kwargs},
+            first_new_row=model.config.text_config.vocab_size,  # its own rows stay, so its logits do
+        )
+        joined.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
+        return joined
+
+    @classmethod
+    def from_llava_pretrained(cls, llava: str, **kwargs):
+        """The older name of [`from_vlm_pretrained`]."""
+        return cls.from_vlm_pretrained(llava, **kwargs)
+
+    @classmethod
+    def _projector_settings(cls, vlm: str, config) -> dict:
+        """The arguments of [`PerceptionGPTConfig`] under which image tokens are those of a vision-language model."""
+        kind, refused = config.model_type, f"{vlm} cannot be the base"
+        if kind == cls.config_class.model_type:
+            raise ValueError(f"{vlm} is a PerceptionGPT already: load it with `from_pretrained`.")
+        if kind not in VLM_TOWERS:
+            reason = VLM_REFUSALS.get(kind, "its patches are not known to become image tokens one by one")
+            raise ValueError(f"{refused}: a model of the type {kind!r}: {reason}. Expected {' or '.join(VLM_TOWERS)}.")
+        vision, layer = config.vision_config, config.vision_feature_layer
         if not isinstance(layer, int):
+            raise ValueError(f"{refused}: it concatenates the tower layers {layer}, expected a single one.")
+        with torch.device("meta"):
+            tower = AutoModel.from_config(vision)
+        ragged = [name for name in SIZE_ARGUMENTS if name in inspect.signature(tower.forward).parameters]
+        if ragged:
             raise ValueError(
-                f"{llava} concatenates the tower layers {layer}: expected a single `vision_feature_layer`."
+                f"{refused}: its tower {vision.model_type!r} reads an image at a size of its own (`{ragged[0]}`), "
+                "not on a fixed grid."
+            )
+        side = vision.image_size
+        with torch.no_grad():
+            tokens = tower(torch.zeros(1, 3, side, side, device="meta")).last_hidden_state.shape[1]
+        left_out = int(config.vision_feature_select_strategy == "default")
+        if tokens - left_out != (side // vision.patch_size) ** 2:
+            raise ValueError(
+                f"{refused}: with `vision_feature_select_strategy` {config.vision_feature_select_strategy!r} it reads "
+                f"{tokens - left_out} of the tower's {tokens} tokens, expected the {(side // vision.patch_size) ** 2} "
+                "patches alone."
             )
         # LLaVA counts the embeddings as layer 0, the mixtures start with the output of the first layer.
-        initial_layer = (layer if layer >= 0 else num_layers + 1 + layer) - 1
-        config_kwargs = {
+        initial_layer = (layer if layer >= 0 else vision.num_hidden_layers + 1 + layer) - 1
+        return {
             "mixture_base_layer": initial_layer,
             "projector_hidden_act": config.projector_hidden_act,
             "multimodal_projector_bias": config.multimodal_projector_bias,
             "image_token_id": config.image_token_id,
-            **config_kwargs,
         }
-        if tokenizer is None:
-            tokenizer = cls._find_tokenizer(llava)
-        joined = cls._join(
-            model.model.vision_tower,
-            model.model.language_model,
-            model.lm_head,
-            tokenizer,
-            config_kwargs,
-            first_new_row=config.text_config.vocab_size,  # LLaVA's own rows stay, so its logits do
-        )
-        joined.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
-        return joined
 
     @staticmethod
     def _find_tokenizer(folder_or_id: str):

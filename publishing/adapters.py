@@ -89,9 +89,10 @@ def build_base(base: dict):
         model = model_class.from_pretrained(folders["checkpoint"], dtype=dtype)
         return model, PerceptionGPTProcessor.from_pretrained(folders["checkpoint"])
     set_seed(base["seed"])
-    if "llava" in folders:
-        backbones = (folders["llava"], folders["llava"])
-        model = model_class.from_llava_pretrained(folders["llava"], dtype=dtype)
+    vlm = folders.get("vlm", folders.get("llava"))  # the latter is the older name
+    if vlm is not None:
+        backbones = (vlm, vlm)
+        model = model_class.from_vlm_pretrained(vlm, dtype=dtype)
     else:
         backbones = (folders["vision"], folders["text"])
         model = model_class.from_vision_text_pretrained(*backbones, dtype=dtype, **settings.get("config", {}))

@@ -25,7 +25,7 @@ TAGS = (
 )
 BENCHMARKS_FOLDER = Path(__file__).parents[1] / "recipes/benchmarks"
 LOCAL_DATASET = "local/"  # what validate.py calls a data set that is not on the Hub
-MODEL_ORIGINS = ("checkpoint", "vision", "text", "llava")
+MODEL_ORIGINS = ("checkpoint", "vision", "text", "vlm", "llava")
 DATA_PARTS = ("train", "eval")
 PAPER = "https://arxiv.org/abs/2311.06612"
 

@@ -165,9 +165,39 @@ def save_tiny_vision(
 
 def save_tiny_llava(folder: Path, chat_template: str) -> str:
     """Save a random LLaVA checkpoint with its processor, as the Hub's are; returns the folder."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([transformers.AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
-    vision = {
+    save_tiny_vlm("llava", folder, chat_template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer,
+        patch_size=TINY_PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_vlm(kind: str, folder: Path, chat_template: str, vision: dict | None = None, **config) -> str:
+    """Save a random `llava` or `video_llava` with its tokenizer; returns the folder.
+
+    Args:
+        vision: what differs from a CLIP tower of three layers.
+        config: other arguments of the model's config.
+    """
+    tokenizer = tiny_tokenizer(chat_template)
+    tokens = ("<image>", "<video>")
+    tokenizer.add_tokens(
+        [transformers.AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True
+    )
+    image_id, video_id = tokenizer.convert_tokens_to_ids(tokens)
+    config_class, model_class = {
+        "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
+        "video_llava": (transformers.VideoLlavaConfig, transformers.VideoLlavaForConditionalGeneration),
+    }[kind]
+    vision_sizes = {
         "model_type": "clip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -189,21 +219,15 @@ def save_tiny_llava(folder: Path, chat_template: str) -> str:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(TINY_IMAGE_SIZE // TINY_PATCH_SIZE) ** 2,
-    )
+    settings = {
+        "vision_config": vision_sizes | (vision or {}),
+        "text_config": text,
+        "image_token_index": image_id,
+        "image_seq_length": (TINY_IMAGE_SIZE // TINY_PATCH_SIZE) ** 2,
+    }
+    if kind == "video_llava":
+        settings["video_token_index"] = video_id
     torch.manual_seed(0)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    size = {"height": TINY_IMAGE_SIZE, "width": TINY_IMAGE_SIZE}
-    transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(size=size, crop_size=size),
-        tokenizer,
-        patch_size=TINY_PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    ).save_pretrained(folder)
+    model_class(config_class(**settings, **config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)

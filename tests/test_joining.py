@@ -7,9 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    VipLlavaConfig,
+)
 
-from backbones import TINY_IMAGE_SIZE, TINY_SIGNALS, save_tiny_llava, tiny_tokenizer
+from backbones import (
+    TINY_IMAGE_SIZE,
+    TINY_PATCH_SIZE,
+    TINY_SIGNALS,
+    save_tiny_llava,
+    save_tiny_vlm,
+    tiny_tokenizer,
+)
 from drawn_rows import drawn_rows
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor
 from perceptiongpt import train as training
@@ -29,7 +43,7 @@ def llava_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def joined(llava_folder):
-    model = PerceptionGPTForConditionalGeneration.from_llava_pretrained(llava_folder).eval()
+    model = PerceptionGPTForConditionalGeneration.from_vlm_pretrained(llava_folder).eval()
     return model, PerceptionGPTProcessor.from_backbones(llava_folder, llava_folder, model.config)
 
 
@@ -61,11 +75,116 @@ def test_a_prompt_is_what_llava_makes_of_it(joined, llava_folder, images):
     torch.testing.assert_close(found[..., :known], logits[..., :known], atol=1e-5, rtol=0)
 
 
-def test_training_starts_from_a_llava_checkpoint(llava_folder, tmp_path):
+SIGLIP = {"model_type": "siglip_vision_model"}
+PATCHES = (TINY_IMAGE_SIZE // TINY_PATCH_SIZE) ** 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "vision", "config"),
+    [
+        ("llava", SIGLIP, {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}),
+        ("llava", {}, {"multimodal_projector_bias": False, "projector_hidden_act": "relu", "vision_feature_layer": 1}),
+        ("video_llava", {}, {}),
+    ],
+)
+@torch.no_grad()
+def test_logits_are_those_of_the_model_it_starts_from(kind, vision, config, tmp_path):
+    folder = save_tiny_vlm(kind, tmp_path, LLAVA_TEMPLATE, vision, **config)
+    library = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model = PerceptionGPTForConditionalGeneration.from_vlm_pretrained(folder).eval()
+    processor = PerceptionGPTProcessor.from_backbones(folder, folder, model.config)
+    assert processor.chat_template == LLAVA_TEMPLATE
+    ours, theirs = (part.multi_modal_projector.state_dict() for part in (model.model, library.model))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    image = Image.effect_noise((TINY_IMAGE_SIZE, TINY_IMAGE_SIZE), 90).convert("RGB")
+    inputs = processor.apply_chat_template(
+        [question(image)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == library.config.image_token_id).sum() == PATCHES
+    names = ("input_ids", "attention_mask", "pixel_values")
+    expected = library(**{name: inputs[name] for name in names}).logits
+    known = model.config.vis_token_id  # the added tokens have rows of their own
+    torch.testing.assert_close(model(**inputs).logits[..., :known], expected[..., :known], atol=1e-5, rtol=0)
+
+
+REFUSED = {
+    "tiles": (LlavaNextConfig(), "'llava_next': it reads an image as tiles"),
+    "several layers": (VipLlavaConfig(), "'vipllava': its projector reads several layers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_with_other_image_tokens_are_refused_by_their_config(name, tmp_path):
+    config, message = REFUSED[name]
+    config.save_pretrained(tmp_path)  # and no weights
+    with pytest.raises(ValueError, match=f"cannot be the base: a model of the type {message}"):
+        PerceptionGPTForConditionalGeneration.from_vlm_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("vision", "config", "message"),
+    [
+        ({}, {"vision_feature_select_strategy": "full"}, "'full' it reads 17 of the tower's 17 tokens"),
+        (SIGLIP, {}, "'default' it reads 15 of the tower's 16 tokens, expected the 16 patches alone"),
+        ({}, {"vision_feature_layer": [-2, -1]}, "concatenates the tower layers"),
+        ({"model_type": "pixtral"}, {"vision_feature_select_strategy": "full"}, "'pixtral' reads an image at a size"),
+    ],
+)
+def test_a_llava_whose_image_tokens_are_not_its_patches_is_refused(vision, config, message, tmp_path):
+    folder = save_tiny_vlm("llava", tmp_path, LLAVA_TEMPLATE, vision, **config)
+    with pytest.raises(ValueError, match=message):
+        PerceptionGPTForConditionalGeneration.from_vlm_pretrained(folder)
+
+
+def test_other_bases_are_refused(tiny_backbones, tiny_model_dir):
+    for folder, message in ((tiny_backbones().text, "'llama': its patches"), (tiny_model_dir, "a PerceptionGPT alrea")):
+        with pytest.raises(ValueError, match=message):
+            PerceptionGPTForConditionalGeneration.from_vlm_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def captions_folder(tmp_path_factory) -> Path:
+    """Three images with two captions each, in COCO's folders."""
+    folder = tmp_path_factory.mktemp("captions")
+    (folder / "annotations").mkdir()
+    (folder / "train2017").mkdir()
+    images, captions = [], []
+    for number in range(3):
+        Image.effect_noise((40, 30), 90).convert("RGB").save(folder / f"train2017/{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 40, "height": 30})
+        captions += [{"id": 2 * number + i, "image_id": number, "caption": f"Noise {number}, {i}."} for i in range(2)]
+    content = {"images": images, "annotations": captions}
+    (folder / "annotations/captions_train2017.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("vision", ["clip", "resnet"])
+def test_aligning_trains_the_projector_alone(tiny_backbones, captions_folder, tmp_path, vision):
+    """`recipes/align.yaml`; stage maps of a pyramid are the first part of its projector."""
+    backbones, output = tiny_backbones(vision=vision), tmp_path / "run"
+    settings = [f"model.vision={backbones.vision}", f"model.text={backbones.text}", "model.dtype=float32"]
+    settings += ["model.attn_implementation=eager"]  # a ResNet has no other
+    settings += [f"model.config={json.dumps(TINY_SIGNALS)}", f"data.train.root={captions_folder}"]
+    settings += ["training.max_steps=2", "training.warmup_steps=0", "training.dataloader_num_workers=0"]
+    settings += ["training.gradient_accumulation_steps=1", "training.use_cpu=true", "training.disable_tqdm=true"]
+    recipe = Path(training.__file__).parent / "recipes/align.yaml"
+    training.main(["--config", str(recipe), *settings, "--output", str(output)])
+
+    torch.manual_seed(42)  # of the recipe's training arguments
+    before = PerceptionGPTForConditionalGeneration.from_vision_text_pretrained(*backbones, **TINY_SIGNALS).state_dict()
+    after = PerceptionGPTForConditionalGeneration.from_pretrained(output).state_dict()
+    assert before.keys() == after.keys()
+    moved = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"multi_modal_projector"} | ({"vision_stages"} if vision == "resnet" else set())
+    assert not (output / "adapter").exists()
+
+
+@pytest.mark.parametrize("key", ["vlm", "llava"])
+def test_training_starts_from_a_llava_checkpoint(llava_folder, tmp_path, key):
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(f"data: {{train: {{source: parquet, root: {ROWS}}}}}")
     settings = ["adapter.mode=heads", "training.max_steps=1", "training.use_cpu=true", "training.disable_tqdm=true"]
-    training.main(["--config", str(recipe), f"model.llava={llava_folder}", *settings, "--output", str(output)])
+    training.main(["--config", str(recipe), f"model.{key}={llava_folder}", *settings, "--output", str(output)])
     assert PerceptionGPTProcessor.from_pretrained(output).chat_template == LLAVA_TEMPLATE
     assert PerceptionGPTForConditionalGeneration.from_pretrained(output).config.mixture_base_layer == 1
 

@@ -586,9 +586,10 @@ def test_recipe_overrides_and_numbers(tmp_path):
         ("data.train.source=lviss", "none of coco"),
         ("data.train={source: scenes, split: val}", "'val' are kept from training"),
         ("training.output_dir=x", "unknown key 'training.output_dir'"),
-        ("adapter.mode=lore", "none of heads, lora, qlora, full"),
+        ("adapter.mode=lore", "none of projector, heads, lora, qlora, full"),
         ("model.vision=x", "vision together with text"),
-        ("model.llava=x", "either checkpoint, or llava"),
+        ("model.llava=x", "either checkpoint, or vlm"),
+        ("model={llava: x, vlm: y}", "either checkpoint, or vlm"),
         ("model.config.box_config=1", "sizes are fixed"),
         ("model=3", "must be a mapping"),
         ("max_steps", "not key=value"),
@@ -612,6 +613,8 @@ def test_shipped_recipes_are_complete():
         ways = ["model.vision=a", "model.text=b"] if "heads" in path.name else ["model.checkpoint=a"]
         recipe = training.read_recipe(path, [*ways, "data.train.annotations=a", "data.train.images=b"])
         assert f"coco_{recipe['adapter']['mode']}.yaml" == path.name
+    recipe = training.read_recipe(folder / "align.yaml", ["model.vlm=a", "data.train.root=b"])
+    assert recipe["adapter"]["mode"] == "projector"
     recipe = training.read_recipe(folder / "scenes.yaml", ["model.checkpoint=a"])
     assert [part["source"] for part in recipe["data"]["train"]["mixture"]] == ["scenes"]
     mixture = "data.train.mixture=[{source: scenes, split: test, seed: 1000000}]"

@@ -1,9 +1,10 @@
 """The model of a recipe: how it is loaded, which parts of it train, and how it is saved without its adapter.
 
-Adapter modes: `heads` trains everything beside the two backbones (projector, mixtures, signal modules) and the rows of
-the added tokens; `lora` trains that and low-rank updates of the language model's projections; `qlora` is `lora` over
-4-bit weights; `full` trains all weights. Weights that train are float32 whatever `model.dtype` is: in bfloat16, an
-update smaller than 1/256 of a weight is lost.
+Adapter modes: `projector` trains what stands between the two backbones, the projector and a pyramid tower's stage maps;
+`heads` trains everything beside the two backbones (projector, mixtures, signal modules) and the rows of the added
+tokens; `lora` trains that and low-rank updates of the language model's projections; `qlora` is `lora` over 4-bit
+weights; `full` trains all weights. Weights that train are float32 whatever `model.dtype` is: in bfloat16, an update
+smaller than 1/256 of a weight is lost.
 """
 
 import copy
@@ -23,6 +24,8 @@ from perceptiongpt.training.recipe import LORA_TARGETS
 
 
 BACKBONES = ("vision_tower", "language_model")
+PROJECTORS = ("vision_stages.", "multi_modal_projector.")  # what stands between them
+PLAIN_MODES = ("projector", "full")  # that train weights of the model itself, without an adapter
 # Outputs of `get_image_features` that hold a tower's own states, not what the model makes of them.
 TOWER_OUTPUTS = ("last_hidden_state", "hidden_states", "attentions")
 
@@ -56,9 +59,9 @@ def load_model(recipe: dict, quantized: bool | None = None):
         model = model_class.from_pretrained(settings["checkpoint"], **kwargs)
         processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"], **signals)
     else:
-        if settings["llava"] is not None:
-            model = model_class.from_llava_pretrained(settings["llava"], dtype=dtype, **signals)
-            processor = PerceptionGPTProcessor.from_backbones(settings["llava"], settings["llava"], model.config)
+        if settings["vlm"] is not None:
+            model = model_class.from_vlm_pretrained(settings["vlm"], dtype=dtype, **signals)
+            processor = PerceptionGPTProcessor.from_backbones(settings["vlm"], settings["vlm"], model.config)
         else:
             config = {**settings["config"], **signals}
             model, processor = join_backbones(settings["vision"], settings["text"], dtype, config)
@@ -122,14 +125,14 @@ def add_adapter(
 
     Args:
         model: a `PerceptionGPTForConditionalGeneration`.
-        mode: `heads`, `lora`, `qlora` or `full`.
+        mode: `projector`, `heads`, `lora`, `qlora` or `full`.
         rank, alpha, dropout: of LoRA (paper: rank 32).
         target_modules: names of the language model's projections that get LoRA.
         train_vision_tower: for `full` only.
         rates: by the name of a part, or a dotted name in it, its learning rate as a share of the run's; 0 freezes it.
 
     Returns:
-        The model itself for `full`, else a `PeftModel` around it.
+        The model itself for `projector` and `full`, else a `PeftModel` around it.
 
     Raises:
         ValueError: a part of `rates` does not train, or its rate is negative.
@@ -137,7 +140,11 @@ def add_adapter(
     rates = rates or {}
     if train_vision_tower and mode != "full":
         raise ValueError(f"adapter.train_vision_tower needs the mode full; {mode} keeps the tower frozen")
-    if mode == "full":
+    if mode == "projector":
+        for name, parameter in model.model.named_parameters():
+            parameter.requires_grad_(name.startswith(PROJECTORS))
+        model.lm_head.requires_grad_(False)
+    elif mode == "full":
         unreached = unreached_tower_parameters(model) if train_vision_tower else set()
         for name, parameter in model.named_parameters():
             in_tower = name.startswith("model.vision_tower.")
@@ -271,7 +278,7 @@ def save_plain_model(trainer, recipe: dict, output: Path) -> None:
 
     The plain model has the recipe's `model.dtype`; `trainer.model` is it afterwards, where it fits into one process.
     """
-    if recipe["adapter"]["mode"] == "full":
+    if recipe["adapter"]["mode"] in PLAIN_MODES:
         trainer.save_model(str(output))
         if model_dtype(recipe) != torch.float32 and trainer.is_world_process_zero():
             round_saved_model(output, model_dtype(recipe))

@@ -16,11 +16,12 @@ from perceptiongpt.training.language_model import save_language_model
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_MODES = ("heads", "lora", "qlora", "full")
+ADAPTER_MODES = ("projector", "heads", "lora", "qlora", "full")
 RECIPE_SOURCES = (*SOURCES, "parquet")  # the last: a folder that data.prepare has written
 
 DEFAULTS = {
-    # One of: `checkpoint` (a PerceptionGPT folder or id), `vision` and `text` (backbones), `llava` (a LLaVA id).
+    # One of: `checkpoint` (a PerceptionGPT folder or id), `vision` and `text` (backbones), `vlm` (an id or folder that
+    # `from_vlm_pretrained` takes, such as a LLaVA's; `llava` is the older name).
     # `text` may be the arguments of `language_model.save_language_model` instead: a fresh language model.
     # `config`: sizes, for new joins only. `signals`: those of the model, by default all for new joins and a
     # checkpoint's own; [box, mask, point] gives a checkpoint of boxes and masks points as well. `dtype`: of the weights
@@ -30,6 +31,7 @@ DEFAULTS = {
         "checkpoint": None,
         "vision": None,
         "text": None,
+        "vlm": None,
         "llava": None,
         "config": {},
         "signals": None,
@@ -76,7 +78,7 @@ DEFAULTS = {
 }
 FREE_SECTIONS = {"loss"}  # their keys are checked against the model
 # What a model starts from: only the first stage says it.
-MODEL_ORIGINS = ("checkpoint", "vision", "text", "llava", "config")
+MODEL_ORIGINS = ("checkpoint", "vision", "text", "vlm", "llava", "config")
 
 # The kinds of stages and the modules that run them (see `training/stages.py`); train.py itself runs `joint`.
 KINDS = {"joint": None, "dense": "perceptiongpt.training.dense"}
@@ -284,16 +286,19 @@ def check_data(recipe: dict) -> None:
 def check_model(recipe: dict) -> None:
     """`ValueError` unless the recipe says in one way what the model starts from, and its mode can train that."""
     mode, model = recipe["adapter"]["mode"], recipe["model"]
+    if model["llava"] is not None and model["vlm"] is None:
+        model["vlm"], model["llava"] = model["llava"], None
     if mode not in ADAPTER_MODES:
         raise ValueError(f"adapter.mode {mode!r} is none of {', '.join(ADAPTER_MODES)}")
-    ways = [model["checkpoint"] is not None, model["llava"] is not None, bool(model["vision"] and model["text"])]
+    joins = bool(model["vision"] and model["text"])
+    ways = [model["checkpoint"] is not None, model["vlm"] is not None, model["llava"] is not None, joins]
     if sum(ways) != 1 or (model["vision"] is None) != (model["text"] is None):
-        raise ValueError("the recipe's model needs either checkpoint, or llava, or vision together with text")
+        raise ValueError("the recipe's model needs either checkpoint, or vlm, or vision together with text")
     if isinstance(model["text"], dict):
         known = [f"model.text.{key}" for key in inspect.signature(save_language_model).parameters if key != "output"]
         for key in model["text"]:
             check_key(f"model.text.{key}", known)
-    if model["config"] and not ways[2]:
+    if model["config"] and not joins:
         raise ValueError("model.config is for joining vision and text; a checkpoint's sizes are fixed")
     if recipe["data"]["feature_cache"] and recipe["adapter"]["train_vision_tower"]:
         raise ValueError(
