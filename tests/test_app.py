@@ -206,14 +206,39 @@ def test_questions_that_are_refused_leave_the_session_as_it_was(assistant, sessi
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_streams_and_ends_with_objects(assistant, session):
-    *parts, end = asked(assistant, session)
-    assert end is None and len(parts) > 2
-    assert all(longer.startswith(shorter) for shorter, longer in zip(parts, parts[1:], strict=False))
-    (turn,) = session.turns
-    assert turn.text == parts[-1] == "the red cup and two dogs" and turn.finished
+def test_words_and_objects_stream_as_they_are_completed(assistant, session):
+    seen = []
+    for event in ask(assistant, session, "What is here?", None, **written(assistant, ANSWER)):
+        (turn,) = session.turns
+        boxes = [found["box"] for found in turn.objects]
+        seen.append((event, turn.text, boxes, chat_messages(session, event != "answer")[-1]["content"], view(session)))
+    events = [event for event, *_ in seen]
+    assert events.count("object") == 3 and events.count("answer") == 1 and events[-1] == "answer"
+    first = events.index("object")
+    assert set(events[:first]) == {"text"} and "text" in events[first:]  # the first object does not wait for the end
+    _, text, (box,), markup, picture = seen[first]
+    assert text == "the red cup" and markup.endswith("&#8230;") and f">{text} 1</span>" in markup
+    x0, y0, x1, y1 = (value * view_scale(session.image) for value in box)
+    assert picture.getpixel((round((x0 + x1) / 2), round(y1) - 1)) == ImageColor.getrgb(COLORS[0])
+    texts = [text for _, text, *_ in seen]
+    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+    assert turn.text == texts[-1] == "the red cup and two dogs" and turn.finished
     assert [found["phrase"] for found in turn.objects] == ["the red cup", "two dogs", "two dogs"]
     assert all(found["mask"].shape == (40, 60) for found in turn.objects)
+    torch.testing.assert_close(torch.tensor(seen[-2][2]), torch.tensor(boxes), atol=1e-3, rtol=0)
+
+
+def test_the_masks_of_an_answer_are_decoded_once(assistant, session, monkeypatch):
+    decoded, decode = [], assistant.model.model.decode_signals
+
+    def counted(hidden_states, *args, **kwargs):
+        found = decode(hidden_states, *args, **kwargs)
+        decoded.extend(len(hidden_states) for _ in range("mask" in found))
+        return found
+
+    monkeypatch.setattr(assistant.model.model, "decode_signals", counted)
+    asked(assistant, session)
+    assert decoded == [3]
 
 
 def test_a_second_turn_reads_the_first_as_it_was_written(assistant, session):
@@ -246,7 +271,7 @@ def test_a_stroke_reaches_the_model(assistant, session, monkeypatch):
     middle = mask.shape[0] // 2
     assert inputs["masks_valid"].tolist() == [[True]] and mask[middle, -2] and not mask[middle, 1]
     assert session.turns[0].region["mask"][:, 30:].all()
-    assert asked(assistant, session, "And?", "<vis>") == [None]  # nothing is said
+    assert asked(assistant, session, "And?", "<vis>") == ["object", "answer"]  # nothing is said
 
 
 def test_an_answer_that_has_no_end_or_no_room(assistant, session, monkeypatch):
@@ -267,7 +292,7 @@ def test_an_error_of_the_model_is_raised_and_leaves_no_turn(assistant, session):
     with pytest.raises(RuntimeError, match="out of memory"):
         list(ask(assistant, session, "Find it.", None, prefix_allowed_tokens_fn=fail))
     assert session.turns == []
-    assert asked(assistant, session)[-1] is None  # the next question is answered
+    assert asked(assistant, session)[-1] == "answer"  # the next question is answered
 
 
 def test_a_user_who_goes_ends_the_generation(assistant, session):
@@ -340,6 +365,7 @@ def test_phrases_have_the_colours_of_their_objects(answered):
     spans = re.findall(r'<span style="background-color: (#\w+);[^>]*>(.*?)</span>', markup)
     plain = [(color, re.sub(r"&#(\d+);", lambda code: chr(int(code[1])), words)) for color, words in spans]
     assert plain == [(first, "two <dogs> 1,2"), (second, "*a cup* 3"), (third, "object 4")]
+    assert re.sub(r"&#(\d+);", lambda code: chr(int(code[1])), markup).endswith(" score 0.50")
     picture = draw(answered.image, turn.objects, {}, [], 10)
     for one, color in zip(turn.objects, (first, first, second, third), strict=True):
         x0, y0, x1, y1 = (round(value * 10) for value in one["box"])
@@ -357,9 +383,11 @@ def test_nothing_that_is_written_becomes_markup(session):
 
 
 def test_the_answer_so_far_and_none_at_all(answered):
-    answered.turns.append(Turn("And?", {}, []))
-    assert chat_messages(answered, "so far")[-1]["content"] == "so far"
-    assert chat_messages(answered, "")[-1]["content"] == "&#8230;"
+    answered.turns.append(Turn("And?", {}, [], text="so far"))
+    assert chat_messages(answered, True)[-1]["content"] == "so far &#8230;"
+    assert not any("&#8230;" in message["content"] for message in chat_messages(answered, True)[:-1])
+    answered.turns[-1].text = ""
+    assert chat_messages(answered, True)[-1]["content"] == "&#8230;"
     assert "no words and no object" in chat_messages(answered)[-1]["content"]
     assert len(chat_messages(answered)) == 4 and chat_messages(None) == []
 
@@ -466,6 +494,15 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
             button.click()
         browser.one("#file input[type=file]").type(str(path))
 
+    def answers(count: int) -> None:
+        """Wait until so many answers are complete, and a little, until the page takes the next question."""
+        browser.wait(lambda: chat().count("two dogs 2,3") == count and "\u2026" not in chat(), f"answer {count}")
+        time.sleep(1)
+
+    def is_clean() -> bool:
+        """Whether nothing is covered by the word that Gradio lays over what an error might have changed."""
+        return not browser.run("return [...document.querySelectorAll('.error')].some(one => one.offsetParent)")
+
     question.type("Find the cup." + enter)
     toast("Upload an image first")
     browser.wait(lambda: browser.find("#examples tbody tr"), "examples")[1].click()
@@ -474,15 +511,20 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     (tmp_path / "text.png").write_text("not an image")
     upload(tmp_path / "text.png")
     toast("not an image that can be read")
+    browser.wait(lambda: "text.png" not in browser.one("#file").text, "a refused file to go")
+    assert is_clean()
     upload(photo)
     browser.one("#shown img")
     browser.run("arguments[0].value = ''", question)
     question.type("What is here?" + enter)
-    browser.wait(lambda: "two dogs 2,3" in chat(), "an answer")
+    answers(1)
     colors = "return [...document.querySelectorAll('#chat span[style]')].map(s => getComputedStyle(s).backgroundColor)"
     expected = ["rgb({}, {}, {})".format(*ImageColor.getrgb(color)) for color in COLORS[:2]]
     assert browser.run(colors) == expected
     browser.screenshot(tmp_path / "answer.png")
+    question.type(" " + enter)
+    toast("Write a question")
+    assert is_clean() and "two dogs 2,3" in chat()
 
     shown = browser.one("#shown img")
     browser.drag(shown, (0.25, 0.5))
@@ -491,7 +533,7 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     browser.wait(lambda: "Box 15, 10, 45, 20" in browser.one("#box_text").text, "a box")
     question.type("What is <region>?" + enter)
     browser.wait(lambda: "What is box 15, 10, 45, 20?" in chat(), "a question about a box")
-    browser.wait(lambda: chat().count("two dogs 2,3") == 2, "a second answer")
+    answers(2)
     browser.screenshot(tmp_path / "box.png")
 
     _, masks = browser.find("button[role=tab]")
@@ -507,7 +549,7 @@ def use_the_page(browser: browsers.Browser, url: str, photo: str, tmp_path: Path
     time.sleep(1)
     question.type("And <region>?" + enter)
     browser.wait(lambda: "And painted mask" in chat(), "a question about a mask")
-    browser.wait(lambda: chat().count("two dogs 2,3") == 3, "a third answer")
+    answers(3)
     browser.screenshot(tmp_path / "mask.png")
 
     browser.download_into(tmp_path / "downloads")

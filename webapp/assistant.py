@@ -8,13 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio as gr
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 
 MOST_NEW_TOKENS = 256
@@ -22,7 +16,7 @@ LEAST_NEW_TOKENS = 16  # with less room for an answer the conversation is over
 
 
 def refusal(message: str) -> gr.Error:
-    """What a user did that cannot be done, to be raised: Gradio shows it, and everything stays as it was."""
+    """What a user did that cannot be done, to be raised: the page shows it, and everything stays as it was."""
     return gr.Error(html.escape(message, quote=False), print_exception=False, title="Please change this")
 
 
@@ -42,12 +36,17 @@ class Assistant:
     Args:
         model: a folder or a repository id.
         revision: branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: the model is none of PerceptionGPT, or its code is older than the page.
     """
 
     def __init__(self, model: str, revision: str | None = None):
         hub = {"revision": revision, "trust_remote_code": True}
         self.name = model
         self.processor = AutoProcessor.from_pretrained(model, **hub)
+        if not hasattr(self.processor, "object_streamer"):
+            raise ValueError("its processor streams no objects: publish it again with the code of this version")
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **hub).eval().to(device)
         self.worker = ThreadPoolExecutor(max_workers=1)
@@ -70,7 +69,7 @@ class Assistant:
             raise refusal("The conversation is too long for this model: start a new one.")
         return inputs.to(self.model.device, self.model.dtype), min(room, MOST_NEW_TOKENS)
 
-    def answer(self, messages: list[dict], size: tuple[int, int], **generate_kwargs) -> Iterator[str | dict]:
+    def answer(self, messages: list[dict], size: tuple[int, int], **generate_kwargs) -> Iterator[dict]:
         """Answer a conversation.
 
         Args:
@@ -79,11 +78,13 @@ class Assistant:
             generate_kwargs: for `model.generate`, in place of greedy decoding.
 
         Yields:
-            The text as far as it is written, each time that it grows; at last the dict of `post_process_generation`
-            with `content`, the answer as content items of a message, and `finished`, whether the model ended it.
+            The parts of the answer as they are completed, `{"type": "text", "text"}` and `{"type": "object", ...}`
+            without masks, which are decoded at the end in one batch; at last the dict of `post_process_generation` with
+            `type` `"answer"`, `content`, the answer as content items of a message, and `finished`, whether the model
+            ended it.
         """
         inputs, most_tokens = self.prepare(messages)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = self.processor.object_streamer(target_size=size, mask_format=None)
         gone = threading.Event()
         generation = self.worker.submit(
             torch.no_grad()(self.model.generate),
@@ -93,14 +94,10 @@ class Assistant:
             stopping_criteria=StoppingCriteriaList([StopWhenSet(gone)]),
             return_dict_in_generate=True,
         )
-        # An error ends the stream, too; `result` raises it.
+        # An error before the first token ends the stream, too; `result` raises it.
         generation.add_done_callback(lambda _: streamer.end())
-        text = ""
         try:
-            for piece in streamer:
-                text += piece
-                if piece:
-                    yield text.lstrip()
+            yield from streamer
         finally:
             gone.set()
         output = generation.result()
@@ -113,7 +110,7 @@ class Assistant:
         for found in result["objects"]:
             if found.get("mask") is not None:
                 found["mask"] = np.asarray(found["mask"])
-        yield {**result, "content": content, "finished": length < len(ids)}
+        yield {**result, "type": "answer", "content": content, "finished": length < len(ids)}
 
     def answer_content(self, ids: list[int], boxes: list[list[float]]) -> list[dict]:
         """An answer as content items of a history: its text, and a box at each `<vis>`, as it was fed back.

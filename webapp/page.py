@@ -28,7 +28,7 @@ of a box, or paint a mask; `{REGION_PLACEHOLDER}` in a question stands for it, e
 def region_text(session: Session | None) -> str:
     """What the clicks say, in words."""
     if session is None or not session.clicks:
-        return "No box and no point."
+        return "To ask about a part of the image, click two corners of a box."
     if session.box is None:
         return f"Point {rounded(session.clicks[0])}; for a box, click the opposite corner."
     return f"Box {rounded(session.box)}"
@@ -43,6 +43,11 @@ def plain_editor(session: Session | None) -> dict | None:
     return {"background": session.image.resize(size, Image.Resampling.BICUBIC), "layers": [], "composite": None}
 
 
+def warn(refused: gr.Error) -> None:
+    """Tell a user what cannot be done. Gradio would lay the word "Error" over all that an event may change."""
+    gr.Warning(refused.message, title=refused.title)
+
+
 def build(assistant: Assistant) -> gr.Blocks:
     """The page. Its functions do nothing but put the results of those above into its components."""
     examples = [(str(FOLDER / name), question) for name, question in EXAMPLES if (FOLDER / name).is_file()]
@@ -55,8 +60,8 @@ def build(assistant: Assistant) -> gr.Blocks:
                 with gr.Tabs() as tabs:
                     with gr.Tab("Answer and box", id=ANSWER_TAB):
                         shown = gr.Image(
-                            label="Click two corners of a box", interactive=False, format="png",
-                            buttons=["fullscreen"], elem_id="shown",
+                            label="Click two corners of a box", show_label=False,  # it would lie on the image
+                            interactive=False, format="png", buttons=["fullscreen"], elem_id="shown",
                         )  # fmt: skip
                         box_text = gr.Markdown(region_text(None), elem_id="box_text")
                     # Rendered from the start: what is set before an editor is there does not appear in it.
@@ -101,7 +106,11 @@ def build(assistant: Assistant) -> gr.Blocks:
             return session, image, plain_editor(session), region_text(session), [], *no_files()
 
         def on_file(path):
-            return show(None if path is None else open_image(assistant, path))
+            try:
+                return path, *show(open_image(assistant, path))
+            except gr.Error as refused:
+                warn(refused)
+                return None, *show(None)
 
         def on_new(session):
             return show(session and Session(session.image, session.name))
@@ -111,7 +120,11 @@ def build(assistant: Assistant) -> gr.Blocks:
             return path, text, *show(open_image(assistant, path))
 
         def on_click(session, event: gr.SelectData):
-            click(session, *event.index)
+            try:
+                click(session, *event.index)
+            except gr.Error as refused:
+                warn(refused)
+                return gr.skip(), gr.skip()
             return view(session), region_text(session)
 
         def on_clear(session):
@@ -121,17 +134,33 @@ def build(assistant: Assistant) -> gr.Blocks:
 
         def on_ask(session, text, drawn):
             unchanged = gr.skip()
-            for part in ask(assistant, session, text, drawn):
-                if part is not None:
-                    yield "", chat_messages(session, part), *[unchanged] * 7
+            try:
+                for event in ask(assistant, session, text, drawn):
+                    if event == "text":
+                        yield "", chat_messages(session, is_open=True), *[unchanged] * 7
+                    elif event == "object":  # the image is sent where something new is on it
+                        image, tab = view(session), gr.Tabs(selected=ANSWER_TAB)
+                        yield (
+                            "",
+                            chat_messages(session, is_open=True),
+                            image,
+                            unchanged,
+                            unchanged,
+                            tab,
+                            *[unchanged] * 3,
+                        )
+            except gr.Error as refused:
+                warn(refused)
+                yield [unchanged] * 9
+                return
             files = [gr.DownloadButton(value=path, interactive=True) for path in export(session)]
             shows_answer = gr.Tabs(selected=ANSWER_TAB)
             values = view(session), plain_editor(session), region_text(session)
             yield "", chat_messages(session), *values, shows_answer, *files
 
         private = {"api_visibility": "private"}
-        file.upload(on_file, file, opened, **private)
-        file.clear(on_file, file, opened, **private)
+        file.upload(on_file, file, [file, *opened], **private)
+        file.clear(lambda: show(None), None, opened, **private)
         gr.on([new.click, chat.clear], on_new, state, opened, **private)
         shown.select(on_click, state, [shown, box_text], show_progress="hidden", **private)
         clear.click(on_clear, state, [shown, editor, box_text], **private)

@@ -192,11 +192,11 @@ def conversation(session: Session) -> list[dict]:
 
 def ask(
     assistant: Assistant, session: Session | None, question: str, drawn: dict | None, **generate_kwargs
-) -> Iterator[str | None]:
+) -> Iterator[str]:
     """Ask a question in a session, which then has the turn and its files; the clicks are used up.
 
     Yields:
-        The answer as far as it is written; None when it is complete.
+        What the last turn of the session has got: `"text"`, `"object"`, and at last `"answer"`: all, with masks.
 
     Raises:
         gr.Error: there is no image, or the question or the region cannot be used; the session is as it was.
@@ -213,14 +213,16 @@ def ask(
     try:
         with contextlib.closing(assistant.answer(conversation(session), session.size, **generate_kwargs)) as parts:
             for part in parts:
-                if isinstance(part, str):
-                    yield part
-        turn.answer, turn.text, turn.objects = part["content"], part["text"], part["objects"]
-        turn.finished = part["finished"]
+                if part["type"] == "text":
+                    turn.text += part["text"]
+                elif part["type"] == "object":
+                    turn.objects.append(part)
+                else:
+                    # A history needs something between two questions.
+                    turn.answer = part["content"] or [{"type": "text", "text": ""}]
+                    turn.text, turn.objects, turn.finished = part["text"], part["objects"], part["finished"]
+                yield part["type"]
     except BaseException:  # the user has gone, or it failed: there is no such turn
         session.turns.remove(turn)
         session.clicks = clicks
         raise
-    if not turn.answer:  # a history needs something between two questions
-        turn.answer = [{"type": "text", "text": ""}]
-    yield None
