@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the README runs, on the checkpoint in the root and on real photos."""
 
+import configparser
 import json
 import os
 import re
@@ -8,11 +9,15 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from backbones import save_tiny_text, save_tiny_vision
+from hub_server import Hub, client_environment, serve
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +25,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = "\n".join(re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 INSTALL = [block for block in BLOCKS if "pip install" in block]
-COMMANDS = [block for block in BLOCKS if block not in INSTALL]
+(PUBLISH,) = [block for block in BLOCKS if "publish.py" in block]
+COMMANDS = [block for block in BLOCKS if block not in (*INSTALL, PUBLISH)]
+USERS = {"token-ann": {"name": "ann", "orgs": [], "role": "write"}}
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info", "__pycache__", "docs", "tests")
 
 
@@ -47,8 +54,8 @@ def clone(data_dir, tmp_path_factory) -> Path:
     return clone
 
 
-def run_block(block: str, cwd: Path, scripts: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+def run_block(block: str, cwd: Path, scripts: Path, environment=os.environ) -> subprocess.CompletedProcess:
+    environment = environment | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-ec", block], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -88,6 +95,64 @@ def test_install(clone, tmp_path, block):
     show = "perceptiongpt-predict --help; python -c 'import perceptiongpt; print(perceptiongpt.__file__)'"
     shown = run_block(show, tmp_path, scripts)
     assert "--batch_size" in shown.stdout and str(site) in shown.stdout
+
+
+def required_distributions() -> dict[str, Distribution]:
+    """What the package requires without an extra, and what that requires, by name."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    found, todo = {}, [Requirement(line) for line in setup["options"]["install_requires"].split()]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = distribution(name)
+        todo += [Requirement(line) for line in found[name].requires or ()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> list[str]:
+    """A Python that has the packages of `install_requires` in their pinned versions, and nothing else."""
+    site = tmp_path_factory.mktemp("site")
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for name, package in required_distributions().items():
+        assert package.version.split("+")[0] == pins[name], name
+        for top in {file.parts[0] for file in package.files} - {".."}:
+            if not (site / top).exists() and top != "__pycache__":
+                (site / top).symlink_to(package.locate_file(top))
+    start = f"import sys; sys.path.insert(0, {str(site)!r}); exec(open(sys.argv[1]).read())"
+    return [sys.executable, "-I", "-S", "-c", start]
+
+
+@pytest.mark.slow
+def test_what_is_published_is_used_without_this_repository(clone, bare_python, tmp_path):
+    """The README's commands publish to a Hub on the loopback interface, and its Python runs on what is there."""
+    if not (clone / "outputs/mine").exists():  # the README's training makes it, in another test
+        files = ("*.json", "model.safetensors", "chat_template.jinja", "*_perceptiongpt.py")
+        (clone / "outputs/mine").mkdir(parents=True)
+        for path in (path for pattern in files for path in clone.glob(pattern)):
+            shutil.copy(path, clone / "outputs/mine")
+    block = PUBLISH.replace("USER/", "ann/").replace("hf auth login", "hf auth whoami")
+    with serve(Hub(USERS)) as hub:
+        published = run_block(
+            block, clone, Path(sys.executable).parent, client_environment(hub, tmp_path / "author", "token-ann")
+        )
+        assert "tagged v1" in published.stdout
+        code = PYTHON.replace('repo = "."', 'repo = "ann/mine"')
+        code += "\nassert type(model).__module__.startswith('transformers_modules.ann.mine.'), type(model)\n"
+        others = ("perceptiongpt", "accelerate", "datasets", "peft", "pycocotools", "supervision")
+        code += f"import importlib.util\nassert not any(map(importlib.util.find_spec, {others}))\n"
+        (tmp_path / "readme.py").write_text(code)
+        shutil.copy(clone / "photo.jpg", tmp_path)
+        environment = client_environment(hub, tmp_path / "stranger")
+        done = subprocess.run(
+            [*bare_python, "readme.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert hub.unknown == [] and hub.leaked == []
 
 
 def test_what_is_left_out_is_known():
