@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo app test test-slow lint bench
+.PHONY: install demo app test test-slow test-quant lint bench
 
 install: .venv/.installed
 
@@ -24,6 +24,15 @@ test: install
 
 test-slow: install
 	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m slow
+
+# The extra `quant` stays out of .venv: its packages are large, and every command that imports peft would load them, with
+# messages on standard error.
+test-quant: .venv/quant/.installed
+	PYTHONPATH=.venv/quant .venv/bin/python -m pytest -k 'quanti or using' tests/test_quantization.py tests/test_docs_using.py tests/test_train.py
+
+.venv/quant/.installed: .venv/.installed
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet --root-user-action ignore --constraint constraints.txt --no-deps --upgrade --target .venv/quant bitsandbytes torchao
+	@touch $@
 
 bench: install
 	.venv/bin/python benchmarks/speed.py

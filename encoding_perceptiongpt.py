@@ -23,11 +23,15 @@ class SignalModulesMixin:
         self._signal_module_names = []
         for signal in self.signals.values():
             for name, module in signal.build_modules(config, embedding_rms).items():
-                setattr(self, name, module)
+                # Before any weight is there: what is offloaded to the disk is read in the dtype that is set here.
+                setattr(self, name, module.float())
                 self._signal_module_names.append(name)
         modules = self.signal_modules().values()
         # Coordinates stay float32 whatever the rest is loaded in.
         self._keep_in_fp32_modules_strict = self._signal_module_names
+        # What quantizers leave out; they compare whole names, in a model with a head as well.
+        prefixed = [f"{self.base_model_prefix}.{name}" for name in self._signal_module_names]
+        self._keep_in_fp32_modules = [*self._signal_module_names, *prefixed]
         self._no_split_modules = [*self._no_split_modules, *(type(module).__name__ for module in modules)]
         return [part for module in modules for part in module.modules()]
 
