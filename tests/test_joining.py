@@ -29,6 +29,7 @@ from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTPr
 from perceptiongpt import train as training
 from perceptiongpt.chat_perceptiongpt import CHAT_TEMPLATE, ITEMS, STRING, TEXT_ITEM, chat_form
 from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator
+from perceptiongpt.publishing.adapters import build_base
 
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -187,6 +188,16 @@ def test_training_starts_from_a_llava_checkpoint(llava_folder, tmp_path, key):
     training.main(["--config", str(recipe), f"model.{key}={llava_folder}", *settings, "--output", str(output)])
     assert PerceptionGPTProcessor.from_pretrained(output).chat_template == LLAVA_TEMPLATE
     assert PerceptionGPTForConditionalGeneration.from_pretrained(output).config.mixture_base_layer == 1
+
+
+@pytest.mark.parametrize("key", ["vlm", "llava"])
+def test_the_base_of_an_adapter_is_joined_again(llava_folder, key):
+    """Adapters that were published under the older name find their base."""
+    model, processor = build_base({"model": {key: llava_folder}, "seed": 0})
+    expected = LlavaForConditionalGeneration.from_pretrained(llava_folder).model.multi_modal_projector.state_dict()
+    found = model.model.multi_modal_projector.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert processor.chat_template == LLAVA_TEMPLATE
 
 
 def test_a_config_that_cannot_be_is_an_error_of_one_line(tiny_backbones, tmp_path):

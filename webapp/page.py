@@ -56,7 +56,7 @@ def build(assistant: Assistant) -> gr.Blocks:
         state = gr.State(None, time_to_live=SECONDS_KEPT)
         with gr.Row():
             with gr.Column():
-                file = gr.File(label="Image", file_types=["image"], type="filepath", height=110, elem_id="file")
+                file = gr.File(label="Image", file_types=["image"], type="filepath", height=140, elem_id="file")
                 with gr.Tabs() as tabs:
                     with gr.Tab("Answer and box", id=ANSWER_TAB):
                         shown = gr.Image(
