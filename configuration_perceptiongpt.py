@@ -1,5 +1,7 @@
 """Configuration of PerceptionGPT, and the special tokens that every part of the package agrees on."""
 
+import math
+
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec, strict
 
@@ -14,6 +16,11 @@ VIS_TOKEN = "<vis>"
 PHRASE_START_TOKEN = "<p>"
 PHRASE_END_TOKEN = "</p>"
 RESERVED_TOKENS = tuple(f"<reserved_{index}>" for index in range(8))
+# What stands for a look in the messages of rows; in the sequence it is the first of these tokens, pads, and the last.
+LOOK_MARKER = "<look>"
+LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN = RESERVED_TOKENS[:3]
+LOOK_ENCODERS = ("same",)
+LOOK_FRAMES = ("image", "crop")
 # Of pyramid towers: what a config that does not say otherwise gets.
 PYRAMID_IMAGE_SIZE = 224
 PIXELS_PER_CELL = 16
@@ -71,6 +78,18 @@ class PerceptionGPTConfig(PreTrainedConfig):
         mask_image_size (`int`, *optional*):
             Side in pixels of a second, finer pass of the tower for the mask decoder; `None` shares the one pass.
         lm_loss_weight (`float`, defaults to 1.0): weight of the language modelling loss (paper, equation 2).
+        look_max (`int`, defaults to 0):
+            How often at most the model looks again in one answer, at a crop of the original image around a `<vis>`; 0
+            for models that do not. The other `look_*` count where it is not 0, and are saved only then.
+        look_tokens (`int`, *optional*):
+            Number of tokens of a look, a square number; by default those of an image, `image_seq_length`.
+        look_margin (`float`, defaults to 1.5): side of a crop as a multiple of the longer side of the box in it.
+        look_min_side (`int`, *optional*):
+            Least side of a crop in pixels of the original image; by default half of `image_size`.
+        look_encoder (`str`, defaults to `"same"`): what encodes a crop: the tower and the projector of the images.
+        look_frame (`str`, defaults to `"image"`):
+            Where a `<vis>` right behind a look is decoded: `"image"`, as every other one, or `"crop"`, on the square
+            around the crop, from which it is mapped back.
     """
 
     model_type = "perceptiongpt"
@@ -117,6 +136,12 @@ class PerceptionGPTConfig(PreTrainedConfig):
     vision_stages: list[dict] | None = None
     mask_image_size: int | None = None
     lm_loss_weight: float | int = 1.0
+    look_max: int = 0
+    look_tokens: int | None = None
+    look_margin: float | int = 1.5
+    look_min_side: int | None = None
+    look_encoder: str = "same"
+    look_frame: str = "image"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -129,6 +154,9 @@ class PerceptionGPTConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.reserved_token_ids = list(self.reserved_token_ids)
         self._set_vision_sizes()
+        if self.look_max:
+            self.look_tokens = self.look_tokens or self.image_seq_length
+            self.look_min_side = self.look_min_side or self.image_size // 2
         for name in self.signals:
             SIGNALS[name].complete_config(self)
         # Said here rather than at saving time, so that every re-save, of a fine-tuned or merged model too, stays
@@ -190,6 +218,51 @@ class PerceptionGPTConfig(PreTrainedConfig):
         layers = len(self.vision_stages or ()) if self.is_pyramid else self.vision_config.num_hidden_layers
         if layers and self.mixture_base_layer is not None and not 0 <= self.mixture_base_layer < layers:
             raise ValueError(f"`mixture_base_layer` is {self.mixture_base_layer}, expected one of 0 to {layers - 1}.")
+
+    def validate_looks(self) -> None:
+        """The sizes of a look are possible, and the model has what it needs to look."""
+        if self.look_max < 0:
+            raise ValueError(f"`look_max` is {self.look_max}, expected 0 or more.")
+        if not self.look_max:
+            return
+        tokens, min_side = self.look_tokens, self.look_min_side
+        if tokens is not None and (tokens < 1 or math.isqrt(tokens) ** 2 != tokens):
+            raise ValueError(f"`look_tokens` is {tokens}, expected a square number.")
+        if not 1 <= self.look_margin < math.inf:
+            raise ValueError(f"`look_margin` is {self.look_margin}, expected a number of at least 1.")
+        if min_side is not None and min_side < 1:
+            raise ValueError(f"`look_min_side` is {min_side}, expected at least one pixel.")
+        for name, allowed in (("look_encoder", LOOK_ENCODERS), ("look_frame", LOOK_FRAMES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {allowed}.")
+        if len(self.reserved_token_ids) < 3:
+            raise ValueError(f"Looks take three `reserved_token_ids`, there are {len(self.reserved_token_ids)}.")
+        if self.signals is not None and "box" not in self.signals:
+            raise ValueError("Looks need the box signal: a crop is cut around the box of a `<vis>`.")
+        if self.look_frame == "crop" and self.mask_image_size:
+            raise ValueError(
+                "`look_frame='crop'` decodes masks from a crop, `mask_image_size` from a finer image: use one of them."
+            )
+
+    def to_diff_dict(self) -> dict:
+        """As in the library; the config of a model that does not look says nothing of looks."""
+        saved = super().to_diff_dict()
+        return saved if self.look_max else {name: value for name, value in saved.items() if name[:5] != "look_"}
+
+    @property
+    def look_token_id(self) -> int:
+        """Id of `<look>`, by which the model asks for a crop: a reserved one, as the two that follow."""
+        return self.reserved_token_ids[0]
+
+    @property
+    def look_end_token_id(self) -> int:
+        """Id of `</look>`, which ends a look."""
+        return self.reserved_token_ids[1]
+
+    @property
+    def look_pad_token_id(self) -> int:
+        """Id of `<look_pad>`, on whose embedding the features of a crop are added."""
+        return self.reserved_token_ids[2]
 
     @property
     def is_pyramid(self) -> bool:
