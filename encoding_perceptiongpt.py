@@ -126,13 +126,19 @@ class SignalModulesMixin:
                     decoded[name] = signal.decode(self, states[:1], image_features, image_index[:1])
         return decoded
 
-    def feed_back(self, states: torch.Tensor) -> torch.Tensor:
+    def feed_back(self, states: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
         """
         Closes the loop: states `(rows, hidden_size)` to the values they decode to, and those to the embeddings, of the
         same shape, that the language model reads as the `<vis>` just emitted. The table says which signals are fed
-        back: the box alone, unless another one says so.
+        back: the box alone, unless another one says so. `frames` `(rows, 4)` are those of the crops that the states are
+        decoded in, by default the image's own square, on which values are read.
         """
         with maybe_autocast(states.device.type, enabled=False):
             fed_back = [signal for signal in self.signals.values() if signal.fed_back]
-            embeddings = [signal.encode(self, signal.decode(self, states, None, None)[0]) for signal in fed_back]
+            embeddings = []
+            for signal in fed_back:
+                values, _ = signal.decode(self, states, None, None)
+                embeddings.append(
+                    signal.encode(self, values if frames is None else signal.out_of_frame(values, frames))
+                )
             return sum(embeddings) / len(embeddings)

@@ -43,15 +43,16 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         """See [`PerceptionGPTModel.decode_signals`]."""
         return self.model.decode_signals(states, image_features, image_index, **kwargs)
 
-    def feed_back(self, states: torch.Tensor) -> torch.Tensor:
+    def feed_back(self, states: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
         """See [`PerceptionGPTModel.feed_back`]."""
-        return self.model.feed_back(states)
+        return self.model.feed_back(states) if frames is None else self.model.feed_back(states, frames)
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **kwargs):
         r"""
         [`GenerationMixin.generate`] with the tensors of the processor as further inputs: `pixel_values`,
-        `mask_pixel_values`, and of each signal `boxes`, `boxes_valid`, `boxes_read` and so on.
+        `mask_pixel_values`, `look_images` and `look_image_stats`, and of each signal `boxes`, `boxes_valid`,
+        `boxes_read` and so on.
 
         To continue from the cache of an earlier call, pass its `past_key_values` and `sequences` (with text appended or
         not) and the images and signals of the new text only.
@@ -63,6 +64,11 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 in the prefix.
             signals (`Iterable[str]`, *optional*):
                 The signals that an emitted `<vis>` is decoded to, by name; by default all of the checkpoint.
+            max_looks (`int`, *optional*):
+                How often a row may look again, for checkpoints that do; by default `look_max` of the config. With 0 the
+                tokens of a look are never emitted.
+            look_bias (`float`, defaults to 0.0):
+                Added to the logit of `<look>` where the model may look: below 0 for fewer looks, above for more.
             streamer (`BaseStreamer`, *optional*):
                 One of the library's, for text, or a [`ObjectIteratorStreamer`], for objects, too.
 
@@ -108,9 +114,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             given = given.repeat_interleave(len(sequences) // len(given), dim=0).to(sequences.device)
             sequences = torch.cat([given, sequences[:, kwargs["input_ids"].shape[1] :]], dim=1)
         if cache is not None:
-            state.length = int(cache.get_seq_length())
-            state.from_beams = getattr(output, "beam_indices", None) is not None
-            state.unfed_tokens = sequences[:, -1]
+            from_beams = getattr(output, "beam_indices", None) is not None
+            state.finish(int(cache.get_seq_length()), sequences[:, -1], from_beams)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
@@ -388,7 +393,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
                 f"{plurals} and mark it valid."
             )
         if waiting.any():
-            feedback = self.feed_back(state.last_state)
+            feedback = self.feed_back(state.last_state, state.frames)
             if prompt_embeds is None:
                 prompt_embeds = feedback.new_zeros(*vis_mask.shape, feedback.shape[-1])
             prompt_embeds[:, 0] = torch.where(waiting[:, None], feedback.to(prompt_embeds), prompt_embeds[:, 0])
@@ -456,7 +461,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         if not needed and past_key_values is not None and not past_key_values.is_compileable:
             return model_inputs
         state = signal_state.last_state
-        feedback = (self.feed_back(state) if needed else torch.zeros_like(state, dtype=torch.float32))[:, None]
+        frames, nothing = signal_state.frames, torch.zeros_like(state, dtype=torch.float32)
+        feedback = (self.feed_back(state, frames) if needed else nothing)[:, None]
         if past_key_values is None:
             signal_state.step_embeds.append(feedback)
             feedback = torch.cat(signal_state.step_embeds, dim=1)
@@ -464,7 +470,8 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             if signal_state.prompt_embeds is not None:
                 feedback = torch.cat([signal_state.prompt_embeds, feedback.to(signal_state.prompt_embeds)], dim=1)
                 replaced = torch.cat([signal_state.prompt_replaced, replaced], dim=1)
-        model_inputs["signal_embeds"], model_inputs["signal_embeds_mask"] = feedback, replaced
+        model_inputs["signal_embeds"] = feedback
+        model_inputs["signal_embeds_mask"] = replaced[:, -feedback.shape[1] :]
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
@@ -495,7 +502,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
             rows = beam_indices.to(device).long().gather(1, positions).clamp(min=0)
         states = torch.stack(state.states)[positions, rows]
         probabilities = torch.stack(state.probabilities)[positions, rows]
-        images = state.image_of_row.to(device)[rows]
+        images = state.images_of(positions, rows)
         fields = self._decode_states(states, probabilities, images, valid, state, names)
         output_class = PerceptionGPTGenerateOutput if beam_indices is None else PerceptionGPTGenerateBeamOutput
         return output_class(
@@ -510,7 +517,7 @@ class PerceptionGPTGenerationMixin(GenerationMixin):
         """What the state before the token of one step is decoded to, for a loop over one row that still runs."""
         state.settle(self.config.vis_token_id)
         states, probabilities = state.states[step][:, None], state.probabilities[step][:, None]
-        images = state.image_of_row.to(states.device)[:1, None]
+        images = state.images_of(*torch.tensor([[[step]], [[0]]], device=states.device))
         return self._decode_states(states, probabilities, images, torch.ones_like(images).bool(), state, names)
 
     def _decode_states(self, states, probabilities, images, valid, state: SignalState, names: list[str]) -> dict:

@@ -33,6 +33,8 @@ class SignalState:
         from_beams (`bool`): whether the last call was a beam search.
         layout (`PromptLayout`): of prompts that share a prefix, `None` for others.
         prefix (`PrefixCache`): while a call runs that got one.
+        looks (`LookState`): of models that look again, `None` for others.
+        frames (`torch.Tensor` of shape `(rows, 4)`): what `last_state` is decoded in, `None` for the image's square.
     """
 
     def __init__(self, num_rows: int, device):
@@ -48,6 +50,8 @@ class SignalState:
         self.from_beams = False
         self.layout = None
         self.prefix = None
+        self.looks = None
+        self.frames = None
         self.begin(None, None, 0)
 
     def begin(self, prompt_embeds, prompt_replaced, prompt_start: int) -> None:
@@ -65,6 +69,8 @@ class SignalState:
         state.last_state = None if self.last_state is None else self.last_state[rows]
         state.unfed_tokens = None if self.unfed_tokens is None else self.unfed_tokens[rows]
         state.layout = None if self.layout is None else self.layout.select(rows)
+        state.looks = None if self.looks is None else self.looks.select(rows.tolist())
+        state.frames = None if self.frames is None else self.frames[rows]
         state.begin(None, None, 0)
         return state
 
@@ -94,6 +100,25 @@ class SignalState:
         if self.layout is not None:
             rows = torch.arange(len(self.layout.input_ids)).repeat_interleave(expand_size)
             self.layout = self.layout.select(rows)
+        if self.looks is not None:
+            self.looks = self.looks.select([row for row in range(len(self.looks.counts)) for _ in range(expand_size)])
+
+    def finish(self, length: int, unfed_tokens: torch.Tensor, from_beams: bool) -> None:
+        """Ends a call of `generate` after which the cache holds `length` tokens."""
+        self.length, self.unfed_tokens, self.from_beams = length, unfed_tokens, from_beams
+        if self.looks is not None and self.looks.found:
+            self.layout = self.looks.lay_out(len(self.states), length)
+
+    def images_of(self, steps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """
+        What the states of steps speak of, `(S, K)` of both: an image by its number, or a crop by its number after those
+        of all images.
+        """
+        images = self.image_of_row.to(rows.device)[rows]
+        if self.looks is None or not self.looks.frames:
+            return images
+        crops = torch.tensor(self.looks.decoded_in, device=rows.device)[steps, rows]
+        return torch.where(crops >= 0, self.num_images + crops, images)
 
     def record(self, states: torch.Tensor, logits: torch.Tensor, vis_token_id: int) -> None:
         """Keeps the final-norm states `(rows, hidden)` and p(`<vis>`) under the raw logits `(rows, vocabulary)`."""

@@ -100,12 +100,14 @@ def mask_to_square(mask: np.ndarray, size: int) -> np.ndarray:
     return ((coverage >= threshold) & (coverage > 0)).astype(np.uint8)
 
 
-def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int, frames=None) -> torch.Tensor:
     """
     Samples grids over the padded square at the pixel centres of the image, bilinearly.
 
     Args:
-        mask_logits (`torch.Tensor` of shape `(N, h, w)`): grids over the padded square.
+        mask_logits (`torch.Tensor` of shape `(N, h, w)`): grids over the padded square, or over `frames`.
+        frames (`torch.Tensor` of shape `(N, 4)`, *optional*):
+            xyxy in 0..1 of the padded square, the part of it that each grid lies on; beyond it logits are -inf.
 
     Returns:
         `torch.Tensor` of shape `(N, height, width)`, float32.
@@ -116,6 +118,13 @@ def sample_mask_logits(mask_logits: torch.Tensor, height: int, width: int) -> to
     device = mask_logits.device
     y = (torch.arange(height, device=device) + (top + 0.5)) * (2 / side) - 1
     x = (torch.arange(width, device=device) + (left + 0.5)) * (2 / side) - 1
+    if frames is not None:
+        x0, y0, x1, y1 = (frames.to(device, torch.float32) * 2 - 1)[..., None].unbind(1)
+        x, y = ((values - low) * (2 / (high - low)) - 1 for values, low, high in ((x, x0, x1), (y, y0, y1)))
+        shape = (len(mask_logits), height, width)
+        points = torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], dim=-1)
+        sampled = F.grid_sample(mask_logits[:, None].float(), points, padding_mode="border", align_corners=False)[:, 0]
+        return sampled.masked_fill((points.abs() > 1).any(-1), -torch.inf)
     points = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
     return F.grid_sample(mask_logits[None].float(), points[None], padding_mode="border", align_corners=False)[0]
 

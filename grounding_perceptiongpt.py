@@ -24,8 +24,9 @@ class GroundingMixin:
         the box, mask, point and score of a `<vis>` that follows. No token is decoded.
 
         It decides as greedy decoding does, without the processors of the logits that a generation config may ask for. A
-        row whose likeliest token is not `<vis>` has no object, and that token instead. `generate` continues from the
-        returned `sequences` and `past_key_values`, to further objects of a row or to the end of its sentence.
+        row whose likeliest token is not `<vis>` has no object, and that token instead. It never looks again.
+        `generate` continues from the returned `sequences` and `past_key_values`, to further objects of a row or to the
+        end of its sentence.
 
         Args:
             prefix, signals (*optional*): as in [`generate`].
@@ -148,6 +149,7 @@ class GroundingMixin:
             past_key_values=cache,
             signals=names,
             max_new_tokens=max_new_tokens - 1,
+            max_looks=0,
             do_sample=False,
             num_beams=1,
             return_dict_in_generate=True,

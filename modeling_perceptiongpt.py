@@ -16,9 +16,10 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_perceptiongpt import IMAGE_TOKEN, PerceptionGPTConfig
 from .encoding_perceptiongpt import SignalModulesMixin
-from .generation_perceptiongpt import PerceptionGPTGenerationMixin
 from .grounding_perceptiongpt import GroundingMixin
 from .joining_perceptiongpt import JoiningMixin
+from .look_encoding_perceptiongpt import LookEncodingMixin, into_frames, slot_crops
+from .look_generation_perceptiongpt import LookGenerationMixin
 from .losses_perceptiongpt import signal_losses
 from .outputs_perceptiongpt import (
     PerceptionGPTImageFeatures,
@@ -98,7 +99,7 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.logits, 6.0 * one_hot)
 
 
-class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTrainedModel):
+class PerceptionGPTModel(LookEncodingMixin, VisionMixin, SignalModulesMixin, PerceptionGPTPreTrainedModel):
     """
     The vision tower, the language model without its head, and the signal modules.
 
@@ -175,6 +176,7 @@ class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTraine
         masks_read: torch.Tensor | None = None,
         points_read: torch.Tensor | None = None,
         boxes_noise: torch.Tensor | None = None,
+        look_pixel_values: torch.Tensor | None = None,
         signal_embeds: torch.Tensor | None = None,
         signal_embeds_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -203,9 +205,12 @@ class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTraine
             boxes_read, masks_read, points_read (`torch.Tensor` of shape `(batch_size, K)`, bool, *optional*):
                 The value enters the embedding of its `<vis>`; by default where it is valid.
             boxes_noise (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*): added to the boxes that are read.
+            look_pixel_values (`torch.Tensor` of shape `(crops, 3, S, S)`, *optional*):
+                The crops of rows that look again, flat, rows in order; each has `config.look_tokens` pads in its row.
             signal_embeds, signal_embeds_mask (`(batch_size, n, hidden_size)` and bool `(batch_size, n)`, *optional*):
                 Ready-made embeddings for the last n positions, used where the bool mask is True.
-            mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed earlier.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": get_image_features(...)}` and `{"look": get_look_features(...)}` computed earlier.
             tower_states, mask_tower_states (`tuple[torch.Tensor]`, *optional*):
                 What [`encode_tower`] made of `pixel_values` and of `mask_pixel_values`, in their place.
             run_every_module (`bool`, *optional*):
@@ -269,6 +274,10 @@ class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTraine
             blank = self.get_mask_features(inputs_embeds.new_zeros(1, 3, side, side))
             mask_features = blank.expand(images, -1, -1)
 
+        look_outputs = (mm_encoder_outputs or {}).get("look")
+        inputs_embeds, look_mask_features = self.add_looks(
+            inputs_embeds, input_ids, given_embeds, look_pixel_values, look_outputs, run_every_module
+        )
         slots = prepare_slots(self.config, signals, inputs_embeds.device, run_every_module)
         if slots is not None:
             vis_mask = self.token_mask(input_ids, given_embeds, self.config.vis_token_id)
@@ -304,11 +313,12 @@ class PerceptionGPTModel(VisionMixin, SignalModulesMixin, PerceptionGPTPreTraine
             attentions=outputs.attentions,
             image_hidden_states=image_features,
             mask_features=mask_features,
+            look_mask_features=look_mask_features,
         )
 
 
 class PerceptionGPTForConditionalGeneration(
-    JoiningMixin, GroundingMixin, PerceptionGPTGenerationMixin, PerceptionGPTPreTrainedModel
+    JoiningMixin, GroundingMixin, LookGenerationMixin, PerceptionGPTPreTrainedModel
 ):
     """
     PerceptionGPT with its language modelling head: reads images, text and signals; writes text and signals.
@@ -372,6 +382,8 @@ class PerceptionGPTForConditionalGeneration(
         points_read: torch.Tensor | None = None,
         boxes_noise: torch.Tensor | None = None,
         signal_image_index: torch.LongTensor | None = None,
+        look_pixel_values: torch.Tensor | None = None,
+        look_frames: torch.Tensor | None = None,
         signal_embeds: torch.Tensor | None = None,
         signal_embeds_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -393,6 +405,10 @@ class PerceptionGPTForConditionalGeneration(
                 and it is valid. With labels, only the signals that are given are decoded.
             signal_image_index (`torch.LongTensor` of shape `(batch_size, K)`, *optional*):
                 Image, within its row, that a slot speaks of; negative for the last one before it.
+            look_frames (`torch.Tensor` of shape `(batch_size, N, 4)`, *optional*):
+                The frames of each row's crops, see [`crop_frame`]. With `look_frame="crop"` a `<vis>` right behind a
+                look is decoded, and its loss taken, in the frame of the crop; its mask is given on the frame, its other
+                values on the image's square, as they are read there. Predictions come back on the square, but masks.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 Supervised tokens in all micro-batches and processes of the step: what the sum of the language modelling
                 losses is divided by. By default those of this batch.
@@ -438,6 +454,7 @@ class PerceptionGPTForConditionalGeneration(
             inputs_embeds=inputs_embeds,
             mask_pixel_values=mask_pixel_values,
             mask_image_index=mask_image_index,
+            look_pixel_values=look_pixel_values,
             signal_embeds=signal_embeds,
             signal_embeds_mask=signal_embeds_mask,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -475,6 +492,17 @@ class PerceptionGPTForConditionalGeneration(
             if image_features is None:
                 image_features = states.new_zeros(0, self.config.mask_cells, self.config.feature_size)
                 image_index = torch.full_like(image_index, -1)
+            frames = None
+            if look_frames is not None and self.config.look_frame == "crop":
+                end_mask, pad_mask = (
+                    self.model.token_mask(input_ids, inputs_embeds, token_id)
+                    for token_id in (self.config.look_end_token_id, self.config.look_pad_token_id)
+                )
+                crop_index, frames = slot_crops(end_mask, pad_mask, positions, look_frames)
+                if outputs.look_mask_features is not None:
+                    image_index = torch.where(crop_index >= 0, len(image_features) + crop_index, image_index)
+                    image_features = torch.cat([image_features, outputs.look_mask_features])
+                slots = into_frames(slots, frames)
             if labels is not None:
                 wanted = {name: supervised & slots["valid"][name].to(supervised.device) for name in names}
                 chosen = self.model.chosen_slots(wanted)
@@ -489,6 +517,8 @@ class PerceptionGPTForConditionalGeneration(
                         for part in parts
                     ]
                 parts = [part.unflatten(0, positions.shape) for part in parts]
+                if frames is not None:
+                    parts[0] = SIGNALS[name].out_of_frame(parts[0], frames)
                 fields |= dict(zip(SIGNALS[name].prediction_names, parts, strict=True))
         if labels is not None:
             loss_lm = self.config.lm_loss_weight * self.loss_function(

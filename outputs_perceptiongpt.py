@@ -32,10 +32,13 @@ class PerceptionGPTModelOutputWithPast(BaseModelOutputWithPast):
         The projected features of the images.
     mask_features (`torch.Tensor` of shape `(images, mask_cells, feature_size)`, *optional*):
         The features that the mask decoder reads.
+    look_mask_features (`torch.Tensor` of shape `(crops, mask_cells, feature_size)`, *optional*):
+        Likewise of the crops, where masks are decoded from them.
     """
 
     image_hidden_states: torch.Tensor | None = None
     mask_features: torch.Tensor | None = None
+    look_mask_features: torch.Tensor | None = None
 
 
 @with_signal_fields(lambda signal: (signal.loss_name, *signal.prediction_names))
@@ -52,7 +55,8 @@ class PerceptionGPTOutputWithPast(ModelOutput):
     pred_boxes (`torch.Tensor` of shape `(batch_size, K, 4)`, *optional*):
         xyxy in 0..1 of the padded square, from the state that predicts the k-th `<vis>` of each row.
     pred_mask_logits (`torch.Tensor` of shape `(batch_size, K, M, M)`, *optional*):
-        On the padded square. In a training step zeros where no mask is learned.
+        On the padded square, or on the frame of the crop that they were decoded in. In a training step zeros where no
+        mask is learned.
     pred_points (`torch.Tensor` of shape `(batch_size, K, 2)`, *optional*): xy in 0..1 of the padded square.
     pred_box_iou, pred_mask_iou (`torch.Tensor` of shape `(batch_size, K)`, *optional*): the IoU expected of each.
     pred_point_score (`torch.Tensor` of shape `(batch_size, K)`, *optional*):
@@ -99,6 +103,16 @@ class SignalGenerateFields:
         object_valid (`torch.Tensor` of shape `(S, K)`): bool, whether the sequence has a k-th `<vis>`.
         positions (`torch.Tensor` of shape `(S, K)`): index into `sequences`, -1 where there is none.
         prompt_length (`int`): where the answers start in `sequences`.
+        object_frames (`torch.Tensor` of shape `(S, K, 4)`, *optional*):
+            Where any object was decoded in a crop: the frame, xyxy in 0..1 of the padded square, that `mask_logits` of
+            each object lie on; 0, 0, 1, 1 for the others.
+        look_positions (`torch.Tensor` of shape `(S, N)`, *optional*):
+            Of models that look again: index into `sequences` of each `<look>`, -1 where there is none.
+        look_boxes (`torch.Tensor` of shape `(S, N, 4)`, *optional*):
+            The box that each look was at, float32 xyxy in 0..1 of the padded square.
+        look_crops (`torch.Tensor` of shape `(S, N, 4)`, *optional*):
+            The crop that it saw, int64 xyxy in pixels of the original image; 0, 0, 0, 0 where it saw none, because the
+            crop would have been nearly the whole image.
     """
 
     boxes: torch.FloatTensor | None = None
@@ -110,6 +124,10 @@ class SignalGenerateFields:
     object_valid: torch.BoolTensor | None = None
     positions: torch.LongTensor | None = None
     prompt_length: int | None = None
+    object_frames: torch.FloatTensor | None = None
+    look_positions: torch.LongTensor | None = None
+    look_boxes: torch.FloatTensor | None = None
+    look_crops: torch.LongTensor | None = None
 
 
 @dataclass

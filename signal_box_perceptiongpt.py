@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import strict
 
 from .geometry_perceptiongpt import boxes_from_square, boxes_to_square, clip_box, decode_mask, tight_box
+from .look_geometry_perceptiongpt import into_frame, out_of_frame
 from .signal_perceptiongpt import CoordinateEncoder, Signal, StateMLP
 
 
@@ -143,6 +144,12 @@ class BoxSignal(Signal):
             return tight_box(decode_mask(item["mask"], height, width))
         return value
 
+    def into_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return into_frame(values, frames)
+
+    def out_of_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return out_of_frame(values, frames)
+
     def parse(self, value, height: int, width: int, mask_size: int) -> np.ndarray:
         """xyxy in pixels to float32 xyxy in 0..1 of the square."""
         return boxes_to_square(clip_box(value, height, width), height, width).numpy()
@@ -150,7 +157,9 @@ class BoxSignal(Signal):
     def empty(self, batch_size: int, slots: int, mask_size: int) -> np.ndarray:
         return np.zeros((batch_size, slots, 4), dtype=np.float32)
 
-    def present(self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None) -> tuple:
+    def present(
+        self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None, frames=None
+    ) -> tuple:
         """Boxes `(N, 4)` in float32 xyxy pixels, and each as four floats."""
         boxes = values.float().cpu()
         boxes = boxes if size is None else boxes_from_square(boxes, *size)

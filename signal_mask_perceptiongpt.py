@@ -380,17 +380,24 @@ class MaskSignal(Signal):
     def empty(self, batch_size: int, slots: int, mask_size: int) -> np.ndarray:
         return np.zeros((batch_size, slots, mask_size, mask_size), dtype=np.uint8)
 
-    def present(self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None) -> tuple:
+    def present(
+        self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None, frames=None
+    ) -> tuple:
         """
         Logits `(N, h, w)` as masks, logit > 0, of the image or of the square: a bool tensor `(N, height, width)`, a
         list in other formats, `None` without a format; and each by itself.
         """
         if mask_format is None:
             return None, [None] * len(values)
-        if size is None:
+        if size is None and frames is None:
             masks = values > 0
         else:  # one at a time: the logits at the size of a photo take far more memory than the masks
-            masks = [sample_mask_logits(logits[None], *size) > 0 for logits in values]
+            size = tuple(values.shape[1:]) if size is None else size  # grids in frames are pasted on the square
+            own_frames = [None] * len(values) if frames is None else frames.split(1)
+            masks = [
+                sample_mask_logits(logits[None], *size, frame) > 0
+                for logits, frame in zip(values, own_frames, strict=True)
+            ]
             masks = torch.cat(masks) if masks else torch.zeros((0, *size), dtype=torch.bool)
         masks = masks.cpu()
         if mask_format != "bool":

@@ -151,6 +151,20 @@ class Signal:
         """Values that say nothing and on which every formula is finite, `(batch_size, slots, ...)`."""
         raise NotImplementedError
 
+    def into_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """
+        Values of the image's square as they lie in the frames of crops, see [`crop_frame`]. What is no coordinate, such
+        as a grid, stays as it is.
+
+        Args:
+            values (`torch.Tensor` of shape `(..., n)`), frames (`torch.Tensor` of shape `(..., 4)`)
+        """
+        return values
+
+    def out_of_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`into_frame`]."""
+        return values
+
     def to_result(self, values: torch.Tensor, quality: torch.Tensor, probability: torch.Tensor) -> dict:
         """What `generate` adds to its output: values `(S, K, ...)`, and p(`<vis>`) x quality, `(S, K)`, as scores."""
         values_name, scores_name = self.result_names
@@ -186,7 +200,9 @@ class Signal:
         """`np.ndarray` of zeros that the processor writes parsed values to, `(batch_size, slots, ...)`."""
         raise NotImplementedError
 
-    def present(self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None) -> tuple:
+    def present(
+        self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None, frames=None
+    ) -> tuple:
         """
         Predicted values for the user.
 
@@ -194,6 +210,8 @@ class Signal:
             values (`torch.Tensor` of shape `(N, ...)`): from the output of `generate`.
             size (*optional*): (height, width) of the original image; without, values stay on the square.
             mask_format (`str`, *optional*): as in `post_process_generation`.
+            frames (`torch.Tensor` of shape `(N, 4)`, *optional*):
+                The frames that grids lie on; by default the square itself. Coordinates come on the square.
 
         Returns:
             all values together, and a list of one value per object.

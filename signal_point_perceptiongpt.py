@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import strict
 
 from .geometry_perceptiongpt import clip_point, letterbox
+from .look_geometry_perceptiongpt import into_frame, out_of_frame
 from .signal_perceptiongpt import CoordinateEncoder, Signal, StateMLP
 
 
@@ -105,6 +106,12 @@ class PointSignal(Signal):
         """The centre of the square, `(batch_size, slots, 2)`."""
         return torch.full((1, 1, 2), 0.5, device=device).expand(batch_size, slots, 2)
 
+    def into_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return into_frame(values, frames)
+
+    def out_of_frame(self, values: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return out_of_frame(values, frames)
+
     def parse(self, value, height: int, width: int, mask_size: int) -> np.ndarray:
         """[x, y] in pixels to float32 xy in 0..1 of the square."""
         side, top, left = letterbox(height, width)
@@ -113,7 +120,9 @@ class PointSignal(Signal):
     def empty(self, batch_size: int, slots: int, mask_size: int) -> np.ndarray:
         return np.zeros((batch_size, slots, 2), dtype=np.float32)
 
-    def present(self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None) -> tuple:
+    def present(
+        self, values: torch.Tensor, size: tuple[int, int] | None, mask_format: str | None, frames=None
+    ) -> tuple:
         """Points `(N, 2)` in float32 xy pixels, those in the padding clipped to the image; and each as two floats."""
         points = values.float().cpu()
         if size is not None:

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
