@@ -6,7 +6,16 @@ from typing import NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from .configuration_perceptiongpt import (
+    IMAGE_TOKEN,
+    LOOK_END_TOKEN,
+    LOOK_PAD_TOKEN,
+    LOOK_TOKEN,
+    PHRASE_END_TOKEN,
+    PHRASE_START_TOKEN,
+    VIS_TOKEN,
+)
+from .look_processing_perceptiongpt import look_text
 from .signals_perceptiongpt import SIGNALS, refuse_signal
 
 
@@ -177,8 +186,14 @@ def answer_spans(sample: int, messages: list[dict], render, end: str | None = No
     return spans
 
 
-def flatten_messages(sample: int, messages: list[dict], signals: list[str]) -> tuple[list[dict], list, list[dict]]:
-    """One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image."""
+def flatten_messages(
+    sample: int, messages: list[dict], signals: list[str], look_tokens: int = 0
+) -> tuple[list[dict], list, list[dict]]:
+    """
+    One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image; and
+    as `look` the content item of a look, which has `look_tokens` pads, right behind it.
+    """
+    kept = (IMAGE_TOKEN, VIS_TOKEN, *((LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN) if look_tokens else ()))
     flat_messages, images, slots = [], [], []
     for turn, message in enumerate(messages):
         content = message.get("content", "")
@@ -191,7 +206,7 @@ def flatten_messages(sample: int, messages: list[dict], signals: list[str]) -> t
                 text = item.get("text")
                 if not isinstance(text, str):
                     raise ValueError(f'{name}: text item holds {text!r}; expected a string under "text"')
-                for token in (IMAGE_TOKEN, VIS_TOKEN):
+                for token in kept:
                     if token in text:
                         raise ValueError(
                             f"{name}: the text {text[:80]!r} contains {token}; expected a content item of its own"
@@ -213,6 +228,11 @@ def flatten_messages(sample: int, messages: list[dict], signals: list[str]) -> t
                     slot |= {key: SIGNALS[key].default_target(item) for key in signals if slot[key] is None}
                 slots.append(slot)
                 pieces.append(VIS_TOKEN)
+            elif kind == "look" and look_tokens:
+                if not pieces or pieces[-1] != VIS_TOKEN:
+                    raise ValueError(f"{name}: a look stands right behind the content item that it is at")
+                slots[-1]["look"] = item
+                pieces.append(look_text(0 if item.get("crop", item) is None else look_tokens))
             else:
                 raise ValueError(
                     f"{name}: content item {str(item)[:80]} has the type {kind!r}; expected one of "

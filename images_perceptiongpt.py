@@ -119,3 +119,16 @@ def array_to_image(array) -> Image.Image:
         raise ValueError(f"the array's values lie in {array.min()}..{array.max()}; expected 0..1, 0..255 or 0..65535")
     array = array.astype(np.uint8)
     return to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array))
+
+
+def split_batches(images):
+    """`images` with the images of each 4-D array or tensor in place of it."""
+    if not isinstance(images, (list, tuple)):
+        return list(images) if getattr(images, "ndim", 0) == 4 else images
+    split = []
+    for image in images:
+        if getattr(image, "ndim", 0) == 4:
+            split.extend(image)
+        else:
+            split.append(split_batches(image))
+    return split

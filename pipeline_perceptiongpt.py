@@ -18,6 +18,10 @@ OUTPUT_NAMES = (
     "object_valid",
     "positions",
     "prompt_length",
+    "object_frames",
+    "look_positions",
+    "look_boxes",
+    "look_crops",
     *(name for signal in SIGNALS.values() for name in signal.result_names),
 )
 # Longest answer without an object, such as "There is no cup.", where neither config nor call sets one.

@@ -29,7 +29,8 @@ from .configuration_perceptiongpt import (
     VIS_TOKEN,
     add_perception_tokens,
 )
-from .images_perceptiongpt import read_image
+from .images_perceptiongpt import read_image, split_batches
+from .look_processing_perceptiongpt import LookProcessorMixin
 from .signal_mask_perceptiongpt import check_mask_format
 from .signals_perceptiongpt import FIRST_SIGNALS, SIGNALS, choose_signals, refuse_signal, take_signal_inputs
 from .streaming_perceptiongpt import ObjectIteratorStreamer
@@ -47,6 +48,7 @@ class PerceptionBatch(BatchFeature):
 
     def to(self, *args, **kwargs) -> "PerceptionBatch":
         names = [name for signal in SIGNALS.values() for name in signal.float32_names]
+        names += ["look_frames", "look_image_stats"]
         coordinates = {name: self.data[name] for name in names if isinstance(self.data.get(name), torch.Tensor)}
         super().to(*args, **kwargs)
         for name, value in coordinates.items():
@@ -54,7 +56,7 @@ class PerceptionBatch(BatchFeature):
         return self
 
 
-class PerceptionGPTProcessor(ProcessorMixin):
+class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
     r"""
     Joins an image processor that pads to the square with a tokenizer that knows `<image>`, `<vis>`, `<p>` and `</p>`.
 
@@ -66,9 +68,12 @@ class PerceptionGPTProcessor(ProcessorMixin):
         mask_size (`int`): side M of the masks that go in, `config.mask_config.size`.
         mask_image_size (`int`, *optional*): side in pixels of `mask_pixel_values`, `config.mask_image_size`.
         signals (`list[str]`, defaults to `["box", "mask"]`): the checkpoint's signals, `config.signals`.
+        look_tokens (`int`, defaults to 0): `config.look_tokens` of a checkpoint that looks again.
+        look_frame (`str`, defaults to `"image"`): `config.look_frame`.
     """
 
     text_kwargs = {"padding": True}
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "look_images"]
 
     def __init__(
         self,
@@ -79,6 +84,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
         mask_size: int = 192,
         mask_image_size: int | None = None,
         signals: list[str] | tuple[str, ...] = FIRST_SIGNALS,
+        look_tokens: int = 0,
+        look_frame: str = "image",
     ):
         self.signals = choose_signals(signals)
         self.image_seq_length = image_seq_length
@@ -98,6 +105,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
                 logger.warning(f"PerceptionGPT's own chat template is used in place of the tokenizer's: {problem}.")
                 template = CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=template)
+        self._set_up_looks(look_tokens, look_frame)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config) -> "PerceptionGPTProcessor":
@@ -137,11 +145,14 @@ class PerceptionGPTProcessor(ProcessorMixin):
             mask_size=config.mask_config.size if config.mask_config else 0,
             mask_image_size=config.mask_image_size,
             signals=config.signals,
+            look_tokens=config.look_tokens if config.look_max else 0,
+            look_frame=config.look_frame,
         )
 
     @property
     def model_input_names(self) -> list[str]:
         finer = ["mask_pixel_values"] if self.mask_image_size else []
+        finer += ["look_images", "look_image_stats"] if self.look_tokens else []
         signals = [SIGNALS[name] for name in self.signals]
         return [
             *super().model_input_names,
@@ -166,6 +177,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
         masks=None,
         points=None,
         signal_image_index=None,
+        look_crops=None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> PerceptionBatch:
         """
@@ -179,13 +191,20 @@ class PerceptionGPTProcessor(ProcessorMixin):
             points (`list[list]`, *optional*): likewise: xy in pixels of its original image, or `None`.
             signal_image_index (`list[list[int | None]]`, *optional*): per `<vis>` the index of its image in its row;
                 by default the last one before it.
+            look_crops (`list[list]`, *optional*):
+                Per text one entry for each look in it, see [`look_text`], which stands right behind its `<vis>`: the
+                crop, xyxy in whole pixels of its original image, or `None` for a look that saw none and has no pads.
+                Without `look_crops` the pads are for crops that the caller gives the model.
             kwargs: for the image processor and the tokenizer, such as `return_tensors="pt"`.
 
         Returns:
             [`PerceptionBatch`]: `input_ids`, `attention_mask`, `pixel_values` and `mask_pixel_values` where they
             apply; always, of the checkpoint's signals, `boxes` `(B, K, 4)` float32 xyxy in 0..1 of the padded square,
             `masks` `(B, K, M, M)` uint8 on that square, `points` `(B, K, 2)` float32 xy in 0..1 of it, and `(B, K)`
-            bool `boxes_valid`, `boxes_read` and so on; and `signal_image_index` `(B, K)` if it was given.
+            bool `boxes_valid`, `boxes_read` and so on; and `signal_image_index` `(B, K)` if it was given. Of a
+            checkpoint that looks again `look_images`, the originals as a list of uint8 `(3, H, W)`, and
+            `look_image_stats` `(2, 3)`, their mean and standard deviation; with `look_crops` also `look_pixel_values`
+            `(crops, 3, S, S)` and `look_frames` `(B, N, 4)` float32.
 
         Raises:
             ValueError: naming the sample, whatever is wrong with an image or a signal, or their number.
@@ -206,6 +225,9 @@ class PerceptionGPTProcessor(ProcessorMixin):
             if found != expected:
                 raise ValueError(f"sample {sample}: {found} of {expected} {VIS_TOKEN} are left; truncate less")
         return_tensors = _tensor_type(data["input_ids"])
+        signals |= self._given_looks(texts, image_rows, given, signals, signal_image_index, look_crops)
+        if self.look_tokens and flat_images:
+            data |= self._original_images(flat_images, return_tensors)
         if self.mask_image_size and flat_images:
             size = {"height": self.mask_image_size, "width": self.mask_image_size}
             finer = self._resize(flat_images, size=size, return_tensors=return_tensors)
@@ -216,7 +238,7 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
     def _load_images(self, images, texts: list[str]) -> list[list[Image.Image]]:
         """The images of each text, upright and RGB."""
-        images = _split_batches(images)
+        images = split_batches(images)
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if images is None:
             rows = [[] for _ in texts]
@@ -358,7 +380,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
 
         Contents are strings or lists of `{"type": "image", "image": ..}`, `{"type": "text", "text": ..}`,
         `{"type": "box", "box": [x0, y0, x1, y1]}`, `{"type": "mask", "mask": ..}`, `{"type": "point", "point": [x, y]}`
-        and `{"type": "region", ..}` with any of `box`, `mask` and `point` in one `<vis>`, in every role. A signal
+        and `{"type": "region", ..}` with any of `box`, `mask` and `point` in one `<vis>`, in every role; and right
+        behind one of these `{"type": "look", "crop": [x0, y0, x1, y1]}`, `None` for a look that saw no crop. A signal
         belongs to the last image before it unless it says `"image": n`. In the assistant's turns a mask without a box
         gets its tight box. Lists are joined to one string, with nothing in between, before the template sees them; a
         template that reads lists only, such as LLaVA's, gets that string as a text item, after one item for each image
@@ -381,7 +404,10 @@ class PerceptionGPTProcessor(ProcessorMixin):
         if len(conversation) == 0:
             raise ValueError("The conversation is empty; expected at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
-        rows = [flatten_messages(sample, messages, self.signals) for sample, messages in enumerate(conversations)]
+        rows = [
+            flatten_messages(sample, messages, self.signals, self.look_tokens)
+            for sample, messages in enumerate(conversations)
+        ]
         form = chat_form(template, self.tokenizer)
         if form.problem:
             logger.warning_once(f"The chat template is not fit for conversations about images: {form.problem}.")
@@ -398,6 +424,9 @@ class PerceptionGPTProcessor(ProcessorMixin):
         for name in (*self.signals, "image"):
             argument = SIGNALS[name].plural if name in SIGNALS else "signal_image_index"
             processor_kwargs[argument] = [[slot[name] for slot in slots] for _, _, slots in rows]
+        looks = [[slot["look"] for slot in slots if "look" in slot] for _, _, slots in rows]
+        if any("crop" in look for row in looks for look in row):
+            processor_kwargs["look_crops"] = [[look["crop"] for look in row] for row in looks]
         wants_mask = return_assistant_tokens_mask and return_dict
         if wants_mask and not form.marks_answers:
             processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -472,7 +501,11 @@ class PerceptionGPTProcessor(ProcessorMixin):
               **points** `(N, 2)` float32, **scores** `(N,)` of the boxes, **text_labels** and **labels**, both the
               phrases.
 
-            A checkpoint without a signal has none of its entries.
+            A checkpoint without a signal has none of its entries. One that looks again has **looks** (`list[dict]`):
+            `box`, where the model looked; `crop`, what it saw, xyxy in pixels of the original image (`None` if that
+            would have been nearly all of it); `object`, the index of the object that it looked at; and `position` of
+            `<look>` in the sequence. An object that the model found again right behind a look is listed once, as it was
+            found then.
         """
         check_mask_format(mask_format)
         values = output if isinstance(output, Mapping) else vars(output)
@@ -494,11 +527,15 @@ class PerceptionGPTProcessor(ProcessorMixin):
             image = self.last_image(ids, sizes)
             scores = {signal.name: values[signal.result_names[1]][row].float() for signal in signals}
             keep = values["object_valid"][row].bool() & ~(scores[first.name] < threshold)
+            keep &= ~self._are_refined(ids, values["positions"][row])
+            frames = values.get("object_frames")
+            frames = {} if frames is None else {"frames": frames[row][keep]}
             presented = {
-                signal.name: signal.present(values[signal.result_names[0]][row][keep], size, mask_format)
+                signal.name: signal.present(values[signal.result_names[0]][row][keep], size, mask_format, **frames)
                 for signal in signals
             }
-            spans = [phrases.get(position) for position in values["positions"][row][keep].tolist()]
+            positions = values["positions"][row][keep].tolist()
+            spans = [phrases.get(position) for position in positions]
             labels = [text[slice(*span)] if span else None for span in spans]
             columns = {
                 "phrase": labels,
@@ -516,6 +553,8 @@ class PerceptionGPTProcessor(ProcessorMixin):
                 "text_labels": labels,
                 "labels": list(labels),
             }
+            if values.get("look_positions") is not None:
+                result["looks"] = self._taken_looks(values, row, ids, size, positions)
             results.append(result)
         return results
 
@@ -541,19 +580,6 @@ class PerceptionGPTProcessor(ProcessorMixin):
     ) -> ObjectIteratorStreamer:
         """For `generate(streamer=...)`: iterates over text and objects as they come, see [`ObjectIteratorStreamer`]."""
         return ObjectIteratorStreamer(self, target_size, threshold, mask_format, timeout)
-
-
-def _split_batches(images):
-    """`images` with the images of each 4-D array or tensor in place of it."""
-    if not isinstance(images, (list, tuple)):
-        return list(images) if getattr(images, "ndim", 0) == 4 else images
-    split = []
-    for image in images:
-        if getattr(image, "ndim", 0) == 4:
-            split.extend(image)
-        else:
-            split.append(_split_batches(image))
-    return split
 
 
 def _tensor_type(values) -> str | None:
