@@ -83,15 +83,18 @@ class LookProcessorMixin:
             texts, image_rows, given, signal_image_index: as in [`_signals`], whose result is `signals`.
             look_crops (`list[list]`, *optional*): as in [`__call__`].
         """
+        if not self.look_tokens:
+            if any(look_crops or []):
+                raise ValueError("`look_crops` were given, but this checkpoint does not look again")
+            return {}
         crops_of_rows, frames_of_rows = [], []
         for sample, text in enumerate(texts):
             looks = list(LOOK_PATTERN.finditer(text))
             if len(looks) != max(text.count(token) for token in (LOOK_TOKEN, LOOK_END_TOKEN)):
                 raise ValueError(
-                    f"sample {sample}: a look is {LOOK_TOKEN}, its pads and {LOOK_END_TOKEN}: {text[-80:]!r}"
+                    f"sample {sample}: a look is {LOOK_TOKEN}, its pads and {LOOK_END_TOKEN}; the text holds other "
+                    f"tokens of looks: {text[-80:]!r}"
                 )
-            if looks and not self.look_tokens:
-                raise ValueError(f"sample {sample}: holds a look, but this checkpoint does not look again")
             if look_crops is not None and len(look_crops[sample]) != len(looks):
                 raise ValueError(f"sample {sample}: {len(look_crops[sample])} `look_crops` for {len(looks)} looks")
             crops, frames = [], []
