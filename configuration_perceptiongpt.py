@@ -179,9 +179,10 @@ class PerceptionGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in the library; `signals` decides which sub-configs are made, so it is set before the others."""
+        """As in the library; `signals` and looks decide what else is made, so they are set before the others."""
         signals = kwargs.pop("signals", None) or config_dict.get("signals") or FIRST_SIGNALS
-        return super().from_dict({**config_dict, "signals": list(signals)}, **kwargs)
+        looks = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__ and name[:5] == "look_"}
+        return super().from_dict({**config_dict, **looks, "signals": list(signals)}, **kwargs)
 
     def _set_vision_sizes(self) -> None:
         """Fills in `image_size`, `image_grid`, `mask_grid` and `feature_size`, and checks those that were given."""

@@ -14,6 +14,8 @@ import torch
 from datasets import List
 from torch.utils.data import Dataset
 
+from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, LOOK_PAD_TOKEN
+from perceptiongpt.data.looks import Looks
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.geometry_perceptiongpt import decode_mask, interior_point
@@ -49,6 +51,7 @@ class PerceptionCollator:
         mask_targets: with `pack`, learn at most so many masks of a packed row, drawn anew in each epoch, of those
             that have another signal, too: decoding masks takes most of a training step. None: all.
         feature_cache: a `training.features.FeatureCache`, from which images are taken that it has.
+        looks: for a model that looks again (its config is needed, too) the arguments of `Looks`; None: its defaults.
 
     Returns (from a call):
         `input_ids`, `labels` (B, L), `attention_mask` (B, L) or, where a row holds several questions, bool
@@ -58,7 +61,8 @@ class PerceptionCollator:
         boxes + noise are valid boxes; with a finer mask path `mask_pixel_values` of those images of which a mask is
         wanted, and `mask_image_index` (images,), their rows in it or -1. With a feature cache `tower_states` stand in
         for `pixel_values` if it has all images of the batch; otherwise `pixel_values_keys` tell under which keys it
-        wants them. The same for `mask_pixel_values`, with `mask_tower_states` and `mask_pixel_values_keys`.
+        wants them. The same for `mask_pixel_values`, with `mask_tower_states` and `mask_pixel_values_keys`. Where rows
+        look again `look_pixel_values` (crops, 3, S, S) and `look_frames` (B, N, 4) float32.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class PerceptionCollator:
         cache_rows: int = 0,
         mask_targets: int | None = None,
         feature_cache=None,
+        looks: dict | None = None,
     ):
         self.readings, self.weights = parse_readings(
             READ_PROBABILITIES if read_probabilities is None else read_probabilities
@@ -82,11 +87,23 @@ class PerceptionCollator:
         self.processor = processor
         self.signals = [SIGNALS[name] for name in processor.signals]
         self.image_token_id, self.vis_token_id = processor.tokenizer.convert_tokens_to_ids(["<image>", "<vis>"])
+        look_pads = [LOOK_PAD_TOKEN] if processor.look_tokens else []
+        unwritten = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, *look_pads])
+        self.never_written = torch.tensor(unwritten)  # tokens that stand for images and crops
         self.pad_token_id = processor.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = processor.tokenizer.eos_token_id
         self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.window = choose_pack(pack, config)
+        self.looks = None
+        if config is not None and config.look_max:
+            self.looks = Looks(processor, config, **(looks or {}))
+            if self.looks.drop and not takes_packed_mask(config):
+                raise ValueError(
+                    "looks.drop hides images by a 4-D mask, which flash attention cannot take: set it to 0"
+                )
+        elif looks:
+            raise ValueError("collator.looks is for a model that looks again: `look_max` of its config is 0")
         self.is_auto, self.feature_cache = pack == AUTO, feature_cache
         self.max_length, self.cache_rows, self.mask_targets = max_length, cache_rows, mask_targets
         self._cache = OrderedDict()
@@ -102,6 +119,7 @@ class PerceptionCollator:
         No image is opened: each `<image>` stands for `image_seq_length` tokens.
         """
         tokenizer = self.processor.tokenizer
+        row = self._rewrite(row)
         text = self.processor.apply_chat_template(row_to_messages(row))
         starts = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not starts).input_ids
@@ -118,10 +136,19 @@ class PerceptionCollator:
         fed_back = {signal.name for signal in self.signals if signal.fed_back}
         collator.box_jitter, collator.readings, collator.weights = 0.0, [fed_back], [1.0]
         collator.draws_clicks, collator.mask_targets = False, None
+        collator.looks = None if self.looks is None else self.looks.for_evaluation()
         collator._cache = OrderedDict()
         return collator
 
+    def _rewrite(self, row: dict) -> dict:
+        """A row with the looks that it is to have."""
+        return row if self.looks is None else self.looks.rewrite(row, self.seed, row.get("epoch", int(self._epoch)))
+
     def __call__(self, features: Sequence[dict | list[dict]]) -> dict[str, torch.Tensor]:
+        features = [
+            [self._rewrite(row) for row in feature] if isinstance(feature, list) else self._rewrite(feature)
+            for feature in features
+        ]
         if self.pack is None:
             rows = [self._encode(feature) for feature in features]
         else:
@@ -158,7 +185,7 @@ class PerceptionCollator:
                 encoded[signal.noise_name] = noise * stands_in
         if self.draws_clicks and row["task"] == CLICK_TASK:
             encoded["points"] = self._draw_click(row, encoded, generator)
-        return encoded
+        return encoded if self.looks is None else self.looks.encode(row, encoded, generator)
 
     def _draw_click(self, row: dict, encoded: dict, generator) -> torch.Tensor:
         """The points of a row whose prompt is a click, with the click somewhere else inside the object."""
@@ -200,7 +227,7 @@ class PerceptionCollator:
         processed, images = [], 0
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids = batch["input_ids"][index, :length]
-            supervised = assistant[index, :length] & (ids != self.image_token_id)
+            supervised = assistant[index, :length] & ~torch.isin(ids, self.never_written)
             if not supervised.any():
                 raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
             is_vis = ids == self.vis_token_id
@@ -280,6 +307,8 @@ class PerceptionCollator:
         question = torch.repeat_interleave(torch.arange(len(rows) + 1), torch.tensor([prefix, *lengths]))
         same_or_prefix = (question[:, None] == question[None, :]) | (question[None, :] == 0)
         packed["attention_mask"] = same_or_prefix & torch.ones(length, length, dtype=torch.bool).tril()
+        if self.looks is not None:
+            packed |= self._join_looks(encoded, prefix, lengths, packed)
         packed["position_ids"] = torch.cat(
             [torch.arange(prefix), *(torch.arange(prefix, prefix + block) for block in lengths)]
         )
@@ -287,6 +316,20 @@ class PerceptionCollator:
         if self.mask_targets is not None and {"mask"} < {signal.name for signal in self.signals}:
             self._limit_masks(packed, rows)
         return packed
+
+    def _join_looks(self, encoded: list[dict], prefix: int, lengths: list[int], packed: dict) -> dict:
+        """The crops of packed questions; images are hidden in the mask from those that do not see them."""
+        is_image, start = packed["input_ids"] == self.image_token_id, prefix
+        hides = False
+        for row, length in zip(encoded, lengths, strict=True):
+            if row["hidden_from"] is not None:
+                first = start + row["hidden_from"] - prefix
+                packed["attention_mask"][first : start + length, is_image] = False
+                hides = True
+            start += length
+        pixels = [row["look_pixel_values"] for row in encoded if row["look_pixel_values"] is not None]
+        frames = torch.cat([row["look_frames"] for row in encoded])
+        return {"look_pixel_values": torch.cat(pixels) if pixels else None, "look_frames": frames, "hides": hides}
 
     def _limit_masks(self, packed: dict, rows: list[dict]) -> None:
         """Leave `mask_targets` of the answers' masks: neither are the others learned, nor are they read."""
@@ -316,21 +359,41 @@ class PerceptionCollator:
             for name in signal.input_names:
                 if name not in flags:
                     batch[name] = _stack([row[name][:held] for row in rows], held, 0)
-        if not any(row.get("questions", 1) > 1 for row in rows):  # a plain mask, which attention is fastest under
+        if self.looks is not None:
+            rows = [self._hide_images(row) for row in rows]
+            pixels = [row["look_pixel_values"] for row in rows if row["look_pixel_values"] is not None]
+            if pixels:
+                batch["look_pixel_values"] = torch.cat(pixels)
+                most = max(len(row["look_frames"]) for row in rows)
+                batch["look_frames"] = _stack([row["look_frames"] for row in rows], most, 0)
+        if not any(row.get("questions", 1) > 1 or row.get("hides") for row in rows):
+            # A plain mask, which attention is fastest under.
             ones = [torch.ones_like(row["input_ids"]) for row in rows]
             batch["attention_mask"] = _stack(ones, length, 0)
         else:
             # A padding position sees itself: a row of a mask that allows nothing turns into NaN.
             mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
             for i, row in enumerate(rows):
-                mask[i, : len(row["input_ids"]), : len(row["input_ids"])] = row["attention_mask"]
+                own = len(row["input_ids"])
+                mask[i, :own, :own] = row.get("attention_mask", torch.ones(own, own, dtype=torch.bool).tril())
             batch["attention_mask"] = mask[:, None]
-            batch["position_ids"] = _stack([row["position_ids"] for row in rows], length, 0)
+            positions = [row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows]
+            batch["position_ids"] = _stack(positions, length, 0)
         images = [row["pixel_values"] for row in rows if "pixel_values" in row]
         if images:
             self._add_images(batch, "pixel_values", torch.cat(images))
         self._add_mask_images(rows, batch)
         return batch
+
+    def _hide_images(self, row: dict) -> dict:
+        """A row by itself with a mask of its own, where some of its tokens do not see its images."""
+        hidden_from = row.get("hidden_from")
+        if hidden_from is None:
+            return row
+        length = len(row["input_ids"])
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[hidden_from:, row["input_ids"] == self.image_token_id] = False
+        return {**row, "attention_mask": mask, "hides": True}
 
     def _add_images(self, batch: dict, name: str, pixel_values: torch.Tensor) -> None:
         """Put images into a batch, or what the tower made of them if the feature cache has them all."""

@@ -12,6 +12,9 @@ A row is a dictionary with the columns of `row_features`:
 | `task` | one of `TASKS` |
 | `source`, `image_id`, `split` | strings |
 | `width`, `height` | of the (first) original image, pixels |
+
+In an answer, `<look>` right behind a `<vis>` says that the model looks at it again; a `<vis>` right behind that is the
+same object, found again.
 """
 
 import math
@@ -22,7 +25,13 @@ from contextlib import contextmanager
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from perceptiongpt.configuration_perceptiongpt import (
+    IMAGE_TOKEN,
+    LOOK_MARKER,
+    PHRASE_END_TOKEN,
+    PHRASE_START_TOKEN,
+    VIS_TOKEN,
+)
 from perceptiongpt.geometry_perceptiongpt import decode_mask
 from perceptiongpt.images_perceptiongpt import read_image
 from perceptiongpt.signals_perceptiongpt import FIRST_SIGNALS, SIGNALS
@@ -124,8 +133,8 @@ def row_to_messages(row: dict) -> list[dict]:
     """Turn a row into messages for `PerceptionGPTProcessor.apply_chat_template`.
 
     The strings are split at `<image>` and `<vis>` into content items: `image` items carry the row's images, and a
-    `<vis>` becomes an item of the signal in its slot, or a `region` item where there are several. `<p>..</p>` stays in
-    the text.
+    `<vis>` becomes an item of the signal in its slot, or a `region` item where there are several, and a `<look>` behind
+    it a `look` item. `<p>..</p>` stays in the text.
 
     Raises:
         ValueError: if there are more or fewer `<image>` or `<vis>` than images or slots.
@@ -140,12 +149,14 @@ def row_to_messages(row: dict) -> list[dict]:
     messages = []
     for message, content in zip(row["messages"], contents, strict=True):
         items = []
-        for piece in re.split(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIS_TOKEN)})", content):
+        for piece in re.split(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIS_TOKEN)}(?:{LOOK_MARKER})?)", content):
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
-            elif piece == VIS_TOKEN:
+            elif piece.startswith(VIS_TOKEN):
                 given = next(slots)
                 items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
+                if piece.endswith(LOOK_MARKER):
+                    items.append({"type": "look"})
             elif piece:
                 items.append({"type": "text", "text": piece})
         messages.append({"role": message["role"], "content": items})
@@ -251,13 +262,16 @@ def _validate_messages(row: dict, name: str, with_images: bool) -> None:
     if set(counts.values()) != {slots}:
         listed = ", ".join(f"{count} {column}" for column, count in counts.items())
         raise ValueError(f"{name}: {slots} {VIS_TOKEN} in the messages, but {listed}; expected as many of each")
-    for content in contents:
+    for message, content in zip(messages, contents, strict=True):
+        if VIS_TOKEN + LOOK_MARKER in content and message["role"] != "assistant":
+            raise ValueError(f"{name}: only answers look again, got {VIS_TOKEN + LOOK_MARKER} in {content!r}")
         tags = re.findall(f"{PHRASE_START_TOKEN}|{PHRASE_END_TOKEN}", content)
         if tags != [PHRASE_START_TOKEN, PHRASE_END_TOKEN] * (len(tags) // 2):
             raise ValueError(f"{name}: {PHRASE_START_TOKEN} and {PHRASE_END_TOKEN} do not pair up in {content!r}")
     answer = messages[-1]["content"]
     if row["task"] in DIRECT_TASKS:
-        expected = r"There is no .+\." if row["task"] == "no_target" else f"({re.escape(VIS_TOKEN)})+"
+        found = f"{re.escape(VIS_TOKEN)}({LOOK_MARKER}{re.escape(VIS_TOKEN)})*"
+        expected = r"There is no .+\." if row["task"] == "no_target" else f"({found})+"
         if messages[-1]["role"] != "assistant" or not re.fullmatch(expected, answer):
             raise ValueError(f"{name}: the answer of this task must match {expected!r}, got {answer!r}")
 

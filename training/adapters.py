@@ -43,11 +43,12 @@ def load_model(recipe: dict, quantized: bool | None = None):
     model_class, settings = PerceptionGPTForConditionalGeneration, recipe["model"]
     dtype = model_dtype(recipe)
     signals = {} if settings["signals"] is None else {"signals": settings["signals"]}
+    more = {**signals, **settings["looks"]}
     if settings["checkpoint"] is not None:
-        kwargs = {"dtype": dtype, "attn_implementation": settings["attn_implementation"], **signals}
+        kwargs = {"dtype": dtype, "attn_implementation": settings["attn_implementation"], **more}
         if recipe["adapter"]["mode"] == "qlora" if quantized is None else quantized:
             with torch.device("meta"):
-                model_on_meta = model_class(model_class.config_class.from_pretrained(settings["checkpoint"], **signals))
+                model_on_meta = model_class(model_class.config_class.from_pretrained(settings["checkpoint"], **more))
             # Naming any module drops the default, which spares `lm_head`; float32 modules must not be quantised.
             kwargs["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -57,13 +58,15 @@ def load_model(recipe: dict, quantized: bool | None = None):
                 + [f"model.{name}" for name in own_modules(model_on_meta)],
             )
         model = model_class.from_pretrained(settings["checkpoint"], **kwargs)
+        if model.config.look_max:
+            signals |= {"look_tokens": model.config.look_tokens, "look_frame": model.config.look_frame}
         processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"], **signals)
     else:
         if settings["vlm"] is not None:
-            model = model_class.from_vlm_pretrained(settings["vlm"], dtype=dtype, **signals)
+            model = model_class.from_vlm_pretrained(settings["vlm"], dtype=dtype, **more)
             processor = PerceptionGPTProcessor.from_backbones(settings["vlm"], settings["vlm"], model.config)
         else:
-            config = {**settings["config"], **signals}
+            config = {**settings["config"], **more}
             model, processor = join_backbones(settings["vision"], settings["text"], dtype, config)
         model.set_attn_implementation(dict.fromkeys(("vision_config", "text_config"), settings["attn_implementation"]))
     set_loss_weights(model.config, recipe["loss"])

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from perceptiongpt.configuration_perceptiongpt import VIS_TOKEN
+from perceptiongpt.configuration_perceptiongpt import LOOK_MARKER, VIS_TOKEN
 from perceptiongpt.data.schema import DIRECT_TASKS, decode_rle, row_to_messages
 from perceptiongpt.inference import answer
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou
@@ -30,7 +30,9 @@ def score_answer(row: dict, result: dict) -> list[float]:
         row: the row that was asked about, with its true answer.
         result: the entry of `post_process_generation` with bool masks, in pixels of the original image.
     """
-    expected = row["messages"][-1]["content"].count(VIS_TOKEN)
+    written = row["messages"][-1]["content"]
+    found_again = written.count(VIS_TOKEN + LOOK_MARKER + VIS_TOKEN)  # the same object, which counts once
+    expected = written.count(VIS_TOKEN) - found_again
     found = result["objects"]
     scores = dict.fromkeys(SCORES, 0.0) | {"answers": 1.0, "emission": float(len(found) == expected)}
     if expected == 1:

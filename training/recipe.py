@@ -26,7 +26,7 @@ DEFAULTS = {
     # `config`: sizes, for new joins only. `signals`: those of the model, by default all for new joins and a
     # checkpoint's own; [box, mask, point] gives a checkpoint of boxes and masks points as well. `dtype`: of the weights
     # that do not train, and of the computation; weights that train are float32. `attn_implementation`: as in
-    # `from_pretrained`.
+    # `from_pretrained`. `looks`: {look_max: 2, look_tokens: 64, ..}, for a model that looks again (docs/look_again.md).
     "model": {
         "checkpoint": None,
         "vision": None,
@@ -35,6 +35,7 @@ DEFAULTS = {
         "llava": None,
         "config": {},
         "signals": None,
+        "looks": {},
         "dtype": "float32",
         "attn_implementation": "sdpa",
     },
@@ -68,6 +69,7 @@ DEFAULTS = {
         "max_length": None,
         "cache_rows": 0,
         "mask_targets": None,
+        "looks": {},  # of a model that looks again: the arguments of `data.looks.Looks`
     },
     # Of the loss of the attention heads that are told where to look (`training/guidance.py`).
     "guidance": {"weight": 0.0},
@@ -77,6 +79,7 @@ DEFAULTS = {
     "training": {},
 }
 FREE_SECTIONS = {"loss"}  # their keys are checked against the model
+LOOK_KEYS = ("look_max", "look_tokens", "look_margin", "look_min_side", "look_encoder", "look_frame")
 # What a model starts from: only the first stage says it.
 MODEL_ORIGINS = ("checkpoint", "vision", "text", "vlm", "llava", "config")
 
@@ -305,6 +308,8 @@ def check_model(recipe: dict) -> None:
             "data.feature_cache keeps what a frozen vision tower puts out: leave it out, or set "
             "adapter.train_vision_tower: false"
         )
+    for key in model["looks"]:
+        check_key(f"model.looks.{key}", [f"model.looks.{name}" for name in LOOK_KEYS])
     if mode == "qlora" and not ways[0]:
         raise ValueError("qlora needs model.checkpoint: only a saved model can be loaded in 4 bit")
     if recipe["training"].get("label_smoothing_factor"):

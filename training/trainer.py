@@ -224,7 +224,7 @@ class PerceptionTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         """Coordinates stay float32: DeepSpeed's preparation casts every float to the model's dtype."""
         prepared = super()._prepare_inputs(inputs)
-        for name in (name for signal in self.signals for name in signal.float32_names):
+        for name in [*(name for signal in self.signals for name in signal.float32_names), "look_frames"]:
             if name in inputs:
                 prepared[name] = inputs[name].to(self.args.device)
         return prepared
@@ -311,13 +311,15 @@ class PerceptionTrainer(Trainer):
         native = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         dtype = native or self.compute_dtype
         # `generate` encodes images outside of `forward`, where accelerate's own autocast does not reach.
+        synced = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with torch.autocast(self.args.device.type, dtype=dtype) if dtype else nullcontext():
             return answer_and_score(
                 model,
                 self.processing_class,
                 rows,
                 max_new_tokens=self.generate_tokens,
-                synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                synced_gpus=synced,
+                **({"max_looks": 0} if synced else {}),  # only one process would run the tower
             )
 
 
