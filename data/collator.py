@@ -96,7 +96,7 @@ class PerceptionCollator:
         self.seed, self.box_jitter, self.draws_clicks = seed, box_jitter, True
         self.pack, self.window = choose_pack(pack, config)
         self.looks = None
-        if config is not None and config.look_max:
+        if getattr(config, "look_max", 0):
             self.looks = Looks(processor, config, **(looks or {}))
             if self.looks.drop and not takes_packed_mask(config):
                 raise ValueError(
