@@ -53,7 +53,8 @@ def draw_objects(
         image: the image that was asked about.
         result: one entry of `processor.post_process_generation`. Of each of `result["objects"]` it draws `box` (xyxy,
             pixels of `image`), `mask` (bool array of shape `(height, width)`, COCO RLE, or None), `point` (xy, pixels
-            of `image`), `phrase` (an object without one gets a number) and `score` (unless None).
+            of `image`), `phrase` (an object without one gets a number) and `score` (unless None). Of each of
+            `result["looks"]`, if there are any, it draws a thin white frame around `crop`.
         caption: text for a strip below the image, such as the model's answer.
         labels: text beside each object instead of its phrase and score; an empty string for no text.
         longer_side: of the drawn image, in pixels; by default the image's own, but at least 512, so that labels can be
@@ -116,6 +117,12 @@ def draw_objects(
                     outline="white",
                     width=max(1, font_size // 10),
                 )
+    for look in result.get("looks", ()):
+        if look["crop"] is not None:
+            left, top, right, bottom = (side * scale for side in look["crop"])
+            for inset, color in ((0, "black"), (1, "white"), (2, "black")):
+                frame = (left + inset, top + inset, right - 1 - inset, bottom - 1 - inset)
+                ImageDraw.Draw(canvas).rectangle(frame, outline=color)
     return _with_caption(canvas, caption, font_size) if caption else canvas
 
 

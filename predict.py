@@ -7,10 +7,11 @@
     python predict.py --model . --image holiday/ --text "Find every dog." --format yolo --output outputs/dogs
 
 `OUTPUT/predictions.json` is a list with one entry per image, in order: `image`, `prompt`, `text` (the answer),
-`width`, `height`, `objects` (as `post_process_generation` gives them, masks as COCO RLE), `drawing` (the PNG beside it)
-and `error`: None, or why there is no answer; then the exit status is 1, and the other images are answered all the same.
-The file is complete after every batch. `--text` goes to the model as it is written; what `--box`, `--mask` and
-`--point` describe takes the place of `<region>` in it, or stands at its end. Coordinates are pixels of the image.
+`width`, `height`, `objects` (as `post_process_generation` gives them, masks as COCO RLE), `looks` (of a checkpoint that
+looks again: where it looked, drawn as thin frames), `drawing` (the PNG beside it) and `error`: None, or why there is no
+answer; then the exit status is 1, and the other images are answered all the same. The file is complete after every
+batch. `--text` goes to the model as it is written; what `--box`, `--mask` and `--point` describe takes the place of
+`<region>` in it, or stands at its end. Coordinates are pixels of the image.
 
 At its end a run can write the answers in one more format, beside that file: `--format coco` writes `annotations.json`,
 a COCO data set; `--format supervision` `detections.json`, a list of what `supervision.Detections.from_inference` reads;
@@ -173,6 +174,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--ground", action="store_true",
         help="the prompt asks for one object: read it from the prompt, without writing an answer token by token",
     )  # fmt: skip
+    parser.add_argument(
+        "--max_looks", type=int, metavar="N",
+        help="how often the model may look again in an answer; default: as often as the checkpoint does",
+    )  # fmt: skip
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the accelerator if there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parsed = parser.parse_args(arguments)
@@ -234,6 +239,12 @@ def predict(arguments: argparse.Namespace) -> int:
     )
 
     options = {"max_new_tokens": arguments.max_new_tokens, "ground": arguments.ground}
+    if arguments.max_looks is not None:
+        most = model.config.look_max
+        if arguments.ground or not 0 <= arguments.max_looks <= most:
+            reason = "--ground never looks again" if arguments.ground else f"this checkpoint looks 0 to {most} times"
+            raise InputError(f"--max_looks {arguments.max_looks}: {reason}")
+        options["max_looks"] = arguments.max_looks
     errors, drawings = 0, iter(drawing_paths(images, arguments.output))
     with (
         (arguments.output / "predictions.json").open("wb") as file,
@@ -253,7 +264,8 @@ def predict(arguments: argparse.Namespace) -> int:
                 else:
                     draw_objects(image, result, caption=result["text"]).save(drawing)
                     entry |= {"text": result["text"], "width": image.width, "height": image.height}
-                    entry |= {"objects": result["objects"], "drawing": drawing.name, "error": None}
+                    looks = {"looks": result["looks"]} if "looks" in result else {}
+                    entry |= {"objects": result["objects"], **looks, "drawing": drawing.name, "error": None}
                 append_entry(file, entry)
                 progress.update()
     return errors

@@ -32,6 +32,9 @@ class ObjectIteratorStreamer(BaseStreamer):
       instead of a box.
     - `{"type": "mask", "index", "mask", "mask_score"}` after the object of that number.
 
+    Of a checkpoint that looks again an object comes once the next token tells that the model does not look at it; one
+    that is looked at and found again right behind the look comes once, as it was found then.
+
     Masks are decoded one by one as their objects come, while `generate` waits; without `mask_format` the mask decoder
     does not run. (With `return_dict_in_generate=True` `generate` itself decodes all masks once more, after the loop,
     unless it gets `signals=["box"]`.)
@@ -72,6 +75,7 @@ class ObjectIteratorStreamer(BaseStreamer):
         self.reader = None
         self.shown = 0  # letters of the text that have been handed out
         self.num_tokens = self.num_objects = 0
+        self.held, self.behind = None, []  # an object that may be looked at, and the tokens since
 
     # ---- what `generate` calls ---------------------------------------------------------------------------------------
 
@@ -101,9 +105,11 @@ class ObjectIteratorStreamer(BaseStreamer):
             return
         for token in ids:
             self.reader.read(token)
+            if self.held is not None:
+                self._follow(token)
             if token == self.processor.vis_token_id:
                 self._show(self.reader.text())
-                self._put_object(self.num_tokens)
+                self._find_object(self.num_tokens)
             else:
                 self._show(self.reader.certain_text())
             self.num_tokens += 1
@@ -111,6 +117,7 @@ class ObjectIteratorStreamer(BaseStreamer):
     def end(self) -> None:
         """Called after the last token."""
         if self.reader is not None:
+            self._release()
             self._show(self.reader.text())
         self._finish(None)
 
@@ -128,15 +135,35 @@ class ObjectIteratorStreamer(BaseStreamer):
             self.events.put({"type": "text", "text": text[self.shown :]})
             self.shown = len(text)
 
-    def _put_object(self, step: int) -> None:
-        index, self.num_objects = self.num_objects, self.num_objects + 1
+    def _find_object(self, step: int) -> None:
+        """Takes note of a `<vis>`, and puts its object at once unless the model may look at it."""
+        span = self.reader.phrase
+        phrase = self.reader.text()[slice(*span)] if span else None
+        self.held, self.behind = (step, self.num_objects, span, phrase), []
+        self.num_objects += 1
+        if not self.processor.look_tokens:
+            self._release()
+
+    def _follow(self, token: int) -> None:
+        """Puts the object that is held unless the tokens behind it are a look and, at last, the object again."""
+        self.behind.append(token)
+        again = [self.processor.look_token_id, self.processor.look_end_token_id, self.processor.vis_token_id]
+        if self.behind == again:
+            self.held = None
+        elif self.behind != again[: len(self.behind)]:
+            self._release()
+
+    def _release(self) -> None:
+        if self.held is not None:
+            held, self.held = self.held, None
+            self._put_object(*held)
+
+    def _put_object(self, step: int, index: int, span: tuple[int, int] | None, phrase: str | None) -> None:
         first = [name for name in self.names if not SIGNALS[name].reads_image] or self.names
         later = [name for name in self.names if name not in first]
         values = self._present(step, first)
         if first and values[SIGNALS[first[0]].score_name] < self.threshold:
             return
-        span = self.reader.phrase
-        phrase = self.reader.text()[slice(*span)] if span else None
         self.events.put(
             {"type": "object", "index": index, "phrase": phrase, "span": span, **values, "image": self.image}
         )
@@ -148,9 +175,10 @@ class ObjectIteratorStreamer(BaseStreamer):
         size = tuple(self.sizes[-1]) if self.sizes else None
         fields = self.decode(step, names) if names else {}
         presented = {}
+        frames = {"frames": fields["object_frames"][0]} if "object_frames" in fields else {}
         for signal in (SIGNALS[name] for name in names):
             values, scores = (fields[name] for name in signal.result_names)
-            (presented[signal.name],) = signal.present(values[0], size, self.mask_format)[1]
+            (presented[signal.name],) = signal.present(values[0], size, self.mask_format, **frames)[1]
             presented[signal.score_name] = scores.float().item()
         return presented
 

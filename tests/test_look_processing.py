@@ -1,12 +1,17 @@
 """Looks in the processor: originals for the model, crops in given answers, and what the model looked at in results."""
 
+import json
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LogitsProcessor
 
 from perceptiongpt import PerceptionGPTProcessor
 from perceptiongpt.configuration_perceptiongpt import LOOK_END_TOKEN, LOOK_PAD_TOKEN, LOOK_TOKEN
+from perceptiongpt.drawing import draw_objects
 from perceptiongpt.look_geometry_perceptiongpt import crop_frame, crop_pixel_values, into_frame, look_crop
 
 
@@ -233,3 +238,64 @@ def test_a_mask_goes_into_its_crop_and_back(looking):
         assert (back & mask).sum() / (back | mask).sum() > 0.95
         local = into_frame(torch.tensor([[0.5, 0.5]]), frame)
         assert local.shape == (1, 2)
+
+
+class Written(LogitsProcessor):
+    """Makes the model write given tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -1e4)
+        scores[:, self.tokens[self.step]] = 1e4
+        self.step += 1
+        return scores
+
+
+def test_a_stream_gives_each_object_as_it_was_found_last(looking, image):
+    model, processor = looking
+    looked = f"<vis>{LOOK_TOKEN}{LOOK_END_TOKEN}"
+    text = f"The <p>dot</p>{looked}<vis>, <p>one</p>{looked}7 and <vis><vis>{looked}"
+    tokens = processor.tokenizer(text, add_special_tokens=False).input_ids
+    inputs = process(processor, conversation(image)[:1], add_generation_prompt=True)
+    kwargs = {"max_new_tokens": len(tokens), "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **kwargs, logits_processor=[Written(tokens)])
+    (whole,) = processor.post_process_generation(output, target_sizes=[SIZE])
+    assert len(whole["objects"]) == 5 and len(whole["looks"]) == 2  # no third look, two are all that it may take
+    streamer = processor.object_streamer(target_size=SIZE)
+    answered = Thread(target=model.generate, kwargs={**inputs, **kwargs, "streamer": streamer} | {
+        "logits_processor": [Written(tokens)]
+    })  # fmt: skip
+    answered.start()
+    events = list(streamer)
+    answered.join()
+    assert "".join(event["text"] for event in events if event["type"] == "text") == whole["text"]
+    found = [event for event in events if event["type"] == "object"]
+    masks = [event["mask"] for event in events if event["type"] == "mask"]
+    assert [event["index"] for event in found] == [1, 2, 3, 4, 5]
+    for event, mask, one in zip(found, masks, whole["objects"], strict=True):
+        assert (event["phrase"], event["span"]) == (one["phrase"], one["span"])
+        assert event["box"] == pytest.approx(one["box"], abs=1e-3)
+        assert (mask ^ one["mask"]).float().mean() < 1e-3
+
+
+def test_looks_are_drawn_and_listed(looking, image, tmp_path, capsys):
+    from perceptiongpt import predict
+
+    drawn = draw_objects(image, {"objects": [], "looks": [{"crop": list(CROP)}, {"crop": None}]}, longer_side=160)
+    changed = np.any(np.asarray(drawn) != np.asarray(image), axis=-1)
+    rows, columns = np.nonzero(changed)
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == CROP
+    assert not changed[18:46, 58:86].any()
+    for part in looking:
+        part.save_pretrained(tmp_path / "model")
+    image.save(tmp_path / "image.png")
+    command = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "image.png"), "--text", "Find it."]
+    command += ["--output", str(tmp_path / "out"), "--max_new_tokens", "2"]
+    predict.main(command)
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert entry["error"] is None and entry["looks"] == []
+    for more, message in ((["3"], "looks 0 to 2 times"), (["1", "--ground"], "--ground never looks")):
+        assert predict.main([*command, "--max_looks", *more]) == 2
+        assert message in capsys.readouterr().err

@@ -57,8 +57,9 @@ from drawn_rows import drawn_coco_folder, drawn_rows  # noqa: E402
 from perceptiongpt import PerceptionGPTForConditionalGeneration, PerceptionGPTProcessor  # noqa: E402
 from perceptiongpt import train as training  # noqa: E402
 from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator  # noqa: E402
-from perceptiongpt.data.looks import LOOK  # noqa: E402
-from perceptiongpt.data.schema import validate_row  # noqa: E402
+from perceptiongpt.data.looks import LOOK, Looks  # noqa: E402
+from perceptiongpt.data.scenes.dataset import ScenesDataset  # noqa: E402
+from perceptiongpt.data.schema import decode_rle, validate_row  # noqa: E402
 from perceptiongpt.geometry_perceptiongpt import boxes_from_square, boxes_to_square  # noqa: E402
 from perceptiongpt.look_geometry_perceptiongpt import crop_frame, into_frame, look_crop, out_of_frame  # noqa: E402
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou  # noqa: E402
@@ -432,3 +433,46 @@ def test_frames_of_boxes_and_points_are_undone(image_looking):
         torch.testing.assert_close(signals[name].out_of_frame(there, frames), values)
         torch.testing.assert_close(out_of_frame(there, frames), values)
     assert boxes_to_square([0, 0, 4, 4], 4, 4).tolist() == [0, 0, 1, 1]
+
+
+def test_scenes_have_something_to_read():
+    plain, written = (ScenesDataset(12, seed=5, size=256, glyphs=glyphs) for glyphs in (False, True))
+    asked = 0
+    for index in range(12):
+        (first, second), glyphs = (
+            [part.details(index, every_task=True)[0]["scene"] for part in (plain, written)],
+            written.details(index, every_task=True),
+        )
+        assert [one.box for one in first.objects] == [one.box for one in second.objects]
+        objects = [one for one in second.objects if one.glyph]
+        assert objects or all(one.side < 20 for one in second.objects)
+        changed = np.any(first.image != second.image, axis=-1)
+        inside = np.zeros_like(changed)
+        for one in objects:
+            inside |= decode_rle(one.mask).astype(bool)
+            assert changed[decode_rle(one.mask).astype(bool)].any() or one.hidden > 0.06
+        # Elsewhere it shows at most through the soft edge of an object on top.
+        assert (changed & ~inside).sum() <= 0.02 * changed.sum()
+        rows = written.image_rows(index)
+        for row, detail in zip(rows, glyphs, strict=True):
+            if row["task"] == "grounded_vqa":
+                target = second.objects[detail["targets"][0]]
+                kind = "digit" if target.glyph.isdigit() else "letter"
+                assert f"hich {kind} is on the {detail['text']}?" in row["messages"][0]["content"]
+                assert row["messages"][1]["content"] == f"<p>The {detail['text']}</p><vis>: {target.glyph}."
+                validate_row(row)
+                asked += 1
+    assert asked >= 3 and rows[0]["image_id"].startswith("256px-glyphs-")
+    with pytest.raises(ValueError, match="glyphs"):
+        ScenesDataset(1, seed=0, glyphs=True, paste="folder")
+    with pytest.raises(ValueError, match="is defined"):
+        ScenesDataset(1, seed=10**6, split="scenes-bench-1", glyphs=True)
+
+
+def test_what_is_read_is_read_behind_a_look(image_looking):
+    (row,) = ScenesDataset(40, seed=5, size=256, glyphs=True, tasks=["grounded_vqa"], kinds=["attribute"]).image_rows(0)
+    model, processor = image_looking
+    looks = Looks(processor, model.config, below=1.0, wrong=0.0)
+    (content,) = [message["content"] for message in looks.rewrite(row)["messages"] if message["role"] == "assistant"]
+    assert content == row["messages"][1]["content"].replace("<vis>", f"{LOOK}<vis>")
+    assert torch.isfinite(model(**collate(image_looking, [row], False, below=1.0)).loss)

@@ -66,6 +66,7 @@ def scenes_rows(
     size: int = REFERENCE_SIZE,
     photos: str | Path | None = None,
     paste: str | Path | None = None,
+    glyphs: bool = False,
 ) -> Iterator[dict]:
     """Yield rows image by image: one of each task that can be asked about it; in a bench split one.
 
@@ -86,6 +87,7 @@ def scenes_rows(
         size: side of the images in pixels; 128 in a bench split.
         photos: a folder of photos for some of the backgrounds.
         paste: a folder in COCO's layout whose objects are pasted on its photos; nothing is drawn then.
+        glyphs: whether objects have digits and letters on them; then `grounded_vqa` asks to read one.
 
     Raises:
         ValueError: arguments that exclude each other, an unknown name, or a folder that cannot be used.
@@ -101,7 +103,7 @@ def scenes_rows(
     folder = photos or (images if images is not True else None) or root
     dataset = ScenesDataset(
         start + limit, seed, split=split, tasks=tasks, kinds=kinds, given_by=given_by, size=size,
-        photos=folder or None, paste=paste, evaluation=evaluation,
+        photos=folder or None, paste=paste, evaluation=evaluation, glyphs=glyphs,
     )  # fmt: skip
     for index in range(start, start + limit):
         for row in dataset.image_rows(index):
@@ -117,7 +119,7 @@ class ScenesDataset(Dataset):
 
     Args:
         length: the number of images.
-        seed, split, tasks, kinds, given_by, size, photos, paste, evaluation: see `scenes_rows`.
+        seed, split, tasks, kinds, given_by, size, photos, paste, evaluation, glyphs: see `scenes_rows`.
         questions: the most rows per image, no two alike, their tasks drawn by `weights`; None: one row, not in a list.
         weights: per task, how often it is drawn; the others keep their `TASK_WEIGHTS`.
     """
@@ -137,6 +139,7 @@ class ScenesDataset(Dataset):
         evaluation: bool = False,
         questions: int | None = None,
         weights: dict[str, float] | None = None,
+        glyphs: bool = False,
     ):
         self.is_bench = split in BENCH_LAYOUTS
         if split not in LAYOUTS:
@@ -148,6 +151,9 @@ class ScenesDataset(Dataset):
                 "Those from 10^6 on are for testing and never trained on"
             )
         is_changed = any(value is not None for value in (tasks, kinds, given_by, paste)) or size != REFERENCE_SIZE
+        is_changed |= glyphs
+        if glyphs and paste is not None:
+            raise ValueError("scenes: glyphs are written on drawn objects, and paste draws none")
         if self.is_bench and is_changed:
             raise ValueError(f"scenes: {split} is defined at {REFERENCE_SIZE} px, with its own tasks and kinds, drawn")
         if not isinstance(size, int) or not LEAST_SIZE <= size <= LARGEST_SIZE:
@@ -180,6 +186,8 @@ class ScenesDataset(Dataset):
             self.layout = replace(self.layout, sides=PASTED_SIDES)
         # Rows of one image, and no others, agree in their image_id.
         self.prefix = "" if size == REFERENCE_SIZE else f"{size}px-"
+        self.glyphs = glyphs
+        self.prefix += "glyphs-" if glyphs else ""
         self.prefix += "paste-" if paste is not None else "photos-" if photos is not None else ""
         self.photos = None if photos is None else Photos(photos)
         self.paste = None if paste is None else Cutouts(paste)
@@ -216,6 +224,7 @@ class ScenesDataset(Dataset):
             return scene, [question]
         key, pool = f"{self.split}/{self.seed}/{index}", f"{self.split}/{self.seed}/{index // POOL_SCENES}"
         shared = {"size": self.size, "layout": self.layout, "photos": self.photos, "paste": self.paste, "pool": pool}
+        shared["glyphs"] = self.glyphs
         for attempt in range(SCENE_TRIES):
             scene = draw_scene(f"{key}/{attempt}", **shared)
             questions = self._ask(scene, Random(f"{key}/{attempt}/questions"), count)

@@ -13,10 +13,10 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from perceptiongpt.data.scenes.photos import Cutouts, Photos
-from perceptiongpt.geometry_perceptiongpt import encode_rle, tight_box
+from perceptiongpt.geometry_perceptiongpt import deepest_pixel, encode_rle, mask_depth, tight_box
 
 
 COLORS = {
@@ -43,6 +43,9 @@ SUPERSAMPLING = 4  # shapes are drawn this much larger, then reduced
 POOL_SCENES = 256  # consecutive scenes that share `POOL_PHOTOS` photos
 LEAST_CUTOUT_PIXELS = 24  # of a pasted object
 LAYOUT_TRIES = 500  # until a scene counts as impossible
+DIGITS, LETTERS = "0123456789", "ACEFHJKLMNPRTUVWXY"  # none that looks like another
+LEAST_GLYPH_SIDE = 5  # pixels of the smallest digit or letter that is written on an object
+GLYPH_SHARE = 1.3  # height of a glyph as a share of how deep the object is where it stands
 
 
 def _arc(start: float, stop: float, points: int, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
@@ -110,7 +113,8 @@ class Layout:
 class SceneObject:
     """One object: `shape` (or category), `color` and `pattern` (None if pasted), `side` (longer side as a whole, as it
     was drawn, pixels), `window` (x, y, bool array: the whole object's place and form), `area` and `box` (xyxy) of what
-    is visible, its centre `x`, `y`, `hidden` (share of the whole that others cover), `covered` (that share per object)
+    is visible, its centre `x`, `y`, `hidden` (share of the whole that others cover), `covered` (that share per object),
+    `glyph` (the digit or letter on it, or None)
     """
 
     index: int
@@ -126,6 +130,7 @@ class SceneObject:
     hidden: float = 0.0
     covered: dict[int, float] = field(default_factory=dict)
     mask: dict | None = None
+    glyph: str | None = None
 
 
 @dataclass(eq=False)
@@ -155,6 +160,7 @@ def draw_scene(
     photos: Photos | None = None,
     paste: Cutouts | None = None,
     pool: str = "",
+    glyphs: bool = False,
 ) -> Scene:
     """Draw the scene of a key.
 
@@ -167,6 +173,7 @@ def draw_scene(
         photos: photos for some of the backgrounds.
         paste: real objects; none are drawn then.
         pool: scenes with the same string use the same few photos, so that they are read once.
+        glyphs: whether each drawn object that is large enough has a digit or a letter on it. All else is as without.
 
     Raises:
         ValueError: a photo or cut-out that cannot be used, or objects that cannot be placed.
@@ -204,6 +211,10 @@ def draw_scene(
         background, image = "photo", Photos.background(ground, size, rng)
     else:
         background, image = _background(rng, noise, size, plain, objects, photos, Random(pool))
+    if glyphs:
+        written = Random(f"{key}/glyphs")
+        for one, i in zip(objects, kept, strict=True):
+            one.glyph = _write_glyph(written, *patches[i])
     renumber = np.full(len(masks) + 1, -1, dtype=np.int8)
     renumber[kept] = np.arange(len(kept))
     for i in sorted(kept, key=lambda i: places[i][2]):
@@ -311,6 +322,29 @@ def _drawn(rng: Random, noise, shape: str, color: str, pattern: str, side: float
         line = base * 0.3 if light else base + (255 - base) * 0.55
         patch += (line - patch) * edge[..., None]
     return patch, alpha
+
+
+def _write_glyph(rng: Random, patch: np.ndarray, alpha: np.ndarray) -> str | None:
+    """Write a digit or a letter on an object, in place, where it is deepest; None if it is too small for one."""
+    glyph, inside = rng.choice(DIGITS if rng.random() < 0.5 else LETTERS), alpha >= 128
+    depth = float(mask_depth(inside).max())
+    height = GLYPH_SHARE * depth
+    if height < LEAST_GLYPH_SIDE:
+        return None
+    font = ImageFont.load_default(round(4 * height))
+    left, top, right, bottom = font.getbbox(glyph)
+    large = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(large).text((-left, -top), glyph, fill=255, font=font)
+    size = tuple(max(1, round(height * side / max(large.size))) for side in large.size)
+    ink = np.asarray(large.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+    x, y = (
+        min(max(round(middle - side / 2), 0), room - side)
+        for middle, side, room in zip(deepest_pixel(inside), size, alpha.shape[::-1], strict=True)
+    )
+    place = slice(y, y + size[1]), slice(x, x + size[0])
+    below = patch[place]
+    below += (np.float32(20 if below.mean() > 120 else 240) - below) * (ink * inside[place])[..., None]
+    return glyph
 
 
 @lru_cache

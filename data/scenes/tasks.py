@@ -296,7 +296,23 @@ def _vqa(scene: Scene, rng: Random, generator, kinds, given_by) -> Question | No
     return found and Question("vqa", [render_turn("vqa", *found[:2], generator)], [])
 
 
+def _read_glyph(scene: Scene, rng: Random, generator) -> Question | None:
+    """What is written on an object that can be seen as a whole: first the object, then its digit or letter."""
+    found = find_expression(scene, "attribute", rng, lambda targets: len(targets) == 1, tries=8)
+    if found is None:
+        return None
+    one = scene.objects[found.targets[0]]
+    if one.glyph is None or one.hidden >= LEAST_HIDDEN:
+        return None
+    question = f"Which {'digit' if one.glyph.isdigit() else 'letter'} is on the {found.text}?"
+    prompt, _ = render_turn("grounded_vqa", question, "", generator)
+    answer = f"{_grounded(f'The {found.text}', [one])}: {one.glyph}."
+    return Question("grounded_vqa", [(prompt, answer)], _slots([one]), found.kind, one, found)
+
+
 def _grounded_vqa(scene: Scene, rng: Random, generator, kinds, given_by) -> Question | None:
+    if any(one.glyph for one in scene.objects):
+        return _read_glyph(scene, rng, generator)
     found = _any_question(scene, rng, evident=True)
     if found is None:
         return None
