@@ -4,9 +4,11 @@ read as pads in the same step, in which the other rows read their own tokens beh
 """
 
 import copy
+import sys
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .generation_perceptiongpt import PerceptionGPTGenerationMixin
 from .generation_state_perceptiongpt import SignalState
@@ -14,6 +16,7 @@ from .geometry_perceptiongpt import boxes_from_square
 from .look_geometry_perceptiongpt import crop_frame, crop_pixel_values, look_crop, out_of_frame, whole_frames
 from .prefix_perceptiongpt import PrefixCache, PromptLayout
 from .signals_perceptiongpt import SIGNALS
+from .slots_perceptiongpt import several_processes
 
 
 class LookState:
@@ -34,7 +37,10 @@ class LookState:
             decoded, -1 for none.
         recent (`list`): of the last two steps, of an earlier call, too, the states and their entry of `decoded_in`.
         found (`list[dict]`): the looks of this call.
-        read (`list[torch.Tensor]`): the tokens of each step as they stand in the cache.
+        next_crops (`list[int]`): what will be the next entry of `decoded_in`.
+        head (`torch.Tensor` of shape `(rows, n)`): the tokens that the cache held before this call, zeros for unknown.
+        read (`list[torch.Tensor]`): the tokens of each step of this call as they stand in the cache.
+        prompt_length (`int`): of the prompts as they were given.
         attention_mask (`torch.Tensor` of shape `(rows, n)` or `None`): over the cache and the token that is next.
         pending: the attention mask and positions of a step in which rows look, until it has run.
     """
@@ -54,7 +60,8 @@ class LookState:
         self.counts = [0] * len(self.crop_of_row)
         self.decoded_in, self.found, self.read = [], [], []
         self.attention_mask = self.pending = None
-        self.head, self.unseen = None, 0
+        self.next_crops = [-1] * len(self.crop_of_row)
+        self.head, self.prompt_length = None, 0
 
     def select(self, rows: list[int]) -> "LookState":
         """The state of some rows, or of repeated ones. Images and crops are not copied."""
@@ -117,6 +124,8 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             )
         if self.config.look_max:
             kwargs["max_looks"], kwargs["look_bias"] = most, float(bias)
+        elif bias:
+            raise ValueError("`look_bias` is for a model that looks again: `look_max` of this config is 0.")
         return super()._generate_objects(inputs, generation_config, **kwargs)
 
     def _refuse_modes(self, generation_config, kwargs: dict, prefix) -> None:
@@ -131,13 +140,15 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             )
             return next((value for value in values if value is not None), default)
 
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        shared_out = is_deepspeed_zero3_enabled() or bool(fsdp and isinstance(self, fsdp.FSDPModule))
         problem = None
         if setting("num_beams", 1) > 1:
             problem = "beams would have to take the crops that they have seen with them when they change places"
         elif not setting("use_cache", True):
             problem = "crops are read into the cache, and `use_cache` is false"
-        elif kwargs.get("synced_gpus"):
-            problem = "with `synced_gpus` every process would have to run the tower whenever one of them looks"
+        elif kwargs.get("synced_gpus") or (shared_out and several_processes()):
+            problem = "processes that share out the weights (`synced_gpus`) would all have to look at once"
         if problem:
             raise ValueError(
                 f"The model cannot look again here: {problem}. Pass `max_looks=0` to answer without looks."
