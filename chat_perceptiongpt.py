@@ -13,9 +13,10 @@ from .configuration_perceptiongpt import (
     LOOK_TOKEN,
     PHRASE_END_TOKEN,
     PHRASE_START_TOKEN,
+    REENC_TOKEN,
     VIS_TOKEN,
 )
-from .look_processing_perceptiongpt import look_text
+from .look_processing_perceptiongpt import look_text, reenc_text
 from .signals_perceptiongpt import SIGNALS, refuse_signal
 
 
@@ -187,13 +188,16 @@ def answer_spans(sample: int, messages: list[dict], render, end: str | None = No
 
 
 def flatten_messages(
-    sample: int, messages: list[dict], signals: list[str], look_tokens: int = 0
+    sample: int, messages: list[dict], signals: list[str], look_tokens: int = 0, reenc_queries: int = 0
 ) -> tuple[list[dict], list, list[dict]]:
     """
     One conversation with contents as strings, its images, and per `<vis>` the value of each signal and its image; and
-    as `look` the content item of a look, which has `look_tokens` pads, right behind it.
+    as `look` the content item of a look, which has `look_tokens` pads, right behind it. An item `reenc` has
+    `reenc_queries` pads.
     """
-    kept = (IMAGE_TOKEN, VIS_TOKEN, *((LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN) if look_tokens else ()))
+    kept = (IMAGE_TOKEN, VIS_TOKEN)
+    kept += (LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN) if look_tokens else ()
+    kept += (REENC_TOKEN,) if reenc_queries else ()
     flat_messages, images, slots = [], [], []
     for turn, message in enumerate(messages):
         content = message.get("content", "")
@@ -228,6 +232,8 @@ def flatten_messages(
                     slot |= {key: SIGNALS[key].default_target(item) for key in signals if slot[key] is None}
                 slots.append(slot)
                 pieces.append(VIS_TOKEN)
+            elif kind == "reenc" and reenc_queries:
+                pieces.append(reenc_text(reenc_queries))
             elif kind == "look" and look_tokens:
                 if not pieces or pieces[-1] != VIS_TOKEN:
                     raise ValueError(f"{name}: a look stands right behind the content item that it is at")

@@ -18,7 +18,9 @@ PHRASE_END_TOKEN = "</p>"
 RESERVED_TOKENS = tuple(f"<reserved_{index}>" for index in range(8))
 # What stands for a look in the messages of rows; in the sequence it is the first of these tokens, pads, and the last.
 LOOK_MARKER = "<look>"
-LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN = RESERVED_TOKENS[:3]
+LOOK_TOKEN, LOOK_END_TOKEN, LOOK_PAD_TOKEN, REENC_TOKEN = RESERVED_TOKENS[:4]
+REENC_MARKER = "<reenc>"
+REENC_PROJECTORS = ("film", "paper")
 LOOK_ENCODERS = ("same",)
 LOOK_FRAMES = ("image", "crop")
 # Of pyramid towers: what a config that does not say otherwise gets.
@@ -90,6 +92,11 @@ class PerceptionGPTConfig(PreTrainedConfig):
         look_frame (`str`, defaults to `"image"`):
             Where a `<vis>` right behind a look is decoded: `"image"`, as every other one, or `"crop"`, on the square
             around the crop, from which it is mapped back.
+        reenc_queries (`int`, defaults to 0):
+            Number of tokens, a square number, that the model reads where it encodes an image again (`<reenc>`), which
+            counts as one of its looks; 0 for models that do not.
+        reenc_projector (`str`, defaults to `"film"`):
+            How: `"film"`, see [`FilmReencoder`], or `"paper"`, see [`PaperReencoder`].
     """
 
     model_type = "perceptiongpt"
@@ -142,6 +149,8 @@ class PerceptionGPTConfig(PreTrainedConfig):
     look_min_side: int | None = None
     look_encoder: str = "same"
     look_frame: str = "image"
+    reenc_queries: int = 0
+    reenc_projector: str = "film"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -181,7 +190,11 @@ class PerceptionGPTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in the library; `signals` and looks decide what else is made, so they are set before the others."""
         signals = kwargs.pop("signals", None) or config_dict.get("signals") or FIRST_SIGNALS
-        looks = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__ and name[:5] == "look_"}
+        looks = {
+            name: kwargs.pop(name)
+            for name in list(kwargs)
+            if name in cls.__annotations__ and name.startswith(("look_", "reenc_"))
+        }
         return super().from_dict({**config_dict, **looks, "signals": list(signals)}, **kwargs)
 
     def _set_vision_sizes(self) -> None:
@@ -224,6 +237,13 @@ class PerceptionGPTConfig(PreTrainedConfig):
         """The sizes of a look are possible, and the model has what it needs to look."""
         if self.look_max < 0:
             raise ValueError(f"`look_max` is {self.look_max}, expected 0 or more.")
+        queries = self.reenc_queries
+        if queries and (queries < 0 or math.isqrt(queries) ** 2 != queries or not self.look_max):
+            raise ValueError(
+                f"`reenc_queries` is {queries}, expected a square number beside a `look_max` of 1 or more."
+            )
+        if self.reenc_projector not in REENC_PROJECTORS:
+            raise ValueError(f"`reenc_projector` is {self.reenc_projector!r}, expected one of {REENC_PROJECTORS}.")
         if not self.look_max:
             return
         tokens, min_side = self.look_tokens, self.look_min_side
@@ -236,8 +256,8 @@ class PerceptionGPTConfig(PreTrainedConfig):
         for name, allowed in (("look_encoder", LOOK_ENCODERS), ("look_frame", LOOK_FRAMES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {allowed}.")
-        if len(self.reserved_token_ids) < 3:
-            raise ValueError(f"Looks take three `reserved_token_ids`, there are {len(self.reserved_token_ids)}.")
+        if len(self.reserved_token_ids) < 4:
+            raise ValueError(f"Looks take four `reserved_token_ids`, there are {len(self.reserved_token_ids)}.")
         if self.signals is not None and "box" not in self.signals:
             raise ValueError("Looks need the box signal: a crop is cut around the box of a `<vis>`.")
         if self.look_frame == "crop" and self.mask_image_size:
@@ -248,7 +268,8 @@ class PerceptionGPTConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict:
         """As in the library; the config of a model that does not look says nothing of looks."""
         saved = super().to_diff_dict()
-        return saved if self.look_max else {name: value for name, value in saved.items() if name[:5] != "look_"}
+        left_out = (*(() if self.look_max else ("look_",)), *(() if self.reenc_queries else ("reenc_",)))
+        return {name: value for name, value in saved.items() if not name.startswith(left_out)}
 
     @property
     def look_token_id(self) -> int:
@@ -264,6 +285,11 @@ class PerceptionGPTConfig(PreTrainedConfig):
     def look_pad_token_id(self) -> int:
         """Id of `<look_pad>`, on whose embedding the features of a crop are added."""
         return self.reserved_token_ids[2]
+
+    @property
+    def reenc_token_id(self) -> int:
+        """Id of `<reenc>`, by which the model asks for the image again, and of the pads that follow it."""
+        return self.reserved_token_ids[3]
 
     @property
     def is_pyramid(self) -> bool:

@@ -106,7 +106,7 @@ class SignalState:
     def finish(self, length: int, unfed_tokens: torch.Tensor, from_beams: bool) -> None:
         """Ends a call of `generate` after which the cache holds `length` tokens."""
         self.length, self.unfed_tokens, self.from_beams = length, unfed_tokens, from_beams
-        if self.looks is not None and self.looks.found:
+        if self.looks is not None and self.looks.made_room:
             self.layout = self.looks.lay_out(len(self.states), length)
 
     def images_of(self, steps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ class LookState:
         crop_of_row (`list[int]`): the crop that a row saw last, -1 for none.
         tokens (`list[int]`): the token of each row that was read last.
         allowed (`list[bool]`): whether a row may look now, right behind a `<vis>` whose box is known.
-        counts (`list[int]`): how often each row has looked in this call.
+        may_reencode (`list[bool]`): whether a row may encode its image again now, once in a call.
+        layers (`tuple[torch.Tensor]` or `None`): what it reads then, of all images.
+        counts (`list[int]`): how often each row has looked in this call, in either way.
         decoded_in (`list[list[int]]`): for each step of this call, the crop in whose frame the state of each row is
             decoded, -1 for none.
         recent (`list`): of the last two steps, of an earlier call, too, the states and their entry of `decoded_in`.
@@ -43,6 +45,7 @@ class LookState:
         prompt_length (`int`): of the prompts as they were given.
         attention_mask (`torch.Tensor` of shape `(rows, n)` or `None`): over the cache and the token that is next.
         pending: the attention mask and positions of a step in which rows look, until it has run.
+        made_room (`bool`): whether the cache holds pads, or slots beside those of other rows, of this call.
     """
 
     def __init__(self, num_rows: int):
@@ -51,6 +54,8 @@ class LookState:
         self.crop_of_row = [-1] * num_rows
         self.tokens = [-1] * num_rows
         self.allowed = [False] * num_rows
+        self.may_reencode = [False] * num_rows
+        self.layers = None
         self.recent = []
         self.begin(0, 0.0)
 
@@ -58,15 +63,17 @@ class LookState:
         """Starts a call of `generate`."""
         self.most, self.bias = most, bias
         self.counts = [0] * len(self.crop_of_row)
+        self.reencoded = [False] * len(self.crop_of_row)
         self.decoded_in, self.found, self.read = [], [], []
         self.attention_mask = self.pending = None
+        self.made_room = False
         self.next_crops = [-1] * len(self.crop_of_row)
         self.head, self.prompt_length = None, 0
 
     def select(self, rows: list[int]) -> "LookState":
         """The state of some rows, or of repeated ones. Images and crops are not copied."""
         state = copy.copy(self)
-        for name in ("crop_of_row", "tokens", "allowed", "counts"):
+        for name in ("crop_of_row", "tokens", "allowed", "may_reencode", "counts", "reencoded"):
             setattr(state, name, [getattr(self, name)[row] for row in rows])
         state.images, state.frames, state.mask_features = self.images[:], self.frames[:], self.mask_features[:]
         state.recent = [(states[rows], [crops[row] for row in rows]) for states, crops in self.recent]
@@ -87,17 +94,21 @@ class LookState:
 
 
 class LookLogitsProcessor(LogitsProcessor):
-    """Lets a row look only right behind a `<vis>`, and ends each look."""
+    """Lets a row look only right behind a `<vis>`, ends each look, and lets a row encode its image again once."""
 
     def __init__(self, state: SignalState, config):
         self.state = state
         self.look, self.end, self.pad = config.look_token_id, config.look_end_token_id, config.look_pad_token_id
+        self.reenc = config.reenc_token_id if config.reenc_queries else None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         looks, scores = self.state.looks, scores.clone()
         scores[:, [self.end, self.pad]] = -torch.inf
         allowed = torch.tensor(looks.allowed, device=scores.device)
         scores[:, self.look] = (scores[:, self.look] + looks.bias).masked_fill(~allowed, -torch.inf)
+        if self.reenc is not None:
+            allowed = torch.tensor(looks.may_reencode, device=scores.device)
+            scores[:, self.reenc] = (scores[:, self.reenc] + looks.bias).masked_fill(~allowed, -torch.inf)
         if self.look in looks.tokens:
             ends = torch.tensor([token == self.look for token in looks.tokens], device=scores.device)
             scores[ends] = -torch.inf
@@ -108,7 +119,11 @@ class LookLogitsProcessor(LogitsProcessor):
 class LookGenerationMixin(PerceptionGPTGenerationMixin):
     """`generate`, with looks where the config's `look_max` is not 0."""
 
-    _signal_entry_points = (*PerceptionGPTGenerationMixin._signal_entry_points, "get_look_features")
+    _signal_entry_points = (*PerceptionGPTGenerationMixin._signal_entry_points, "get_look_features", "reencode")
+
+    def reencode(self, states: torch.Tensor, image_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """See [`PerceptionGPTModel.reencode`]."""
+        return self.model.reencode(states, image_layers)
 
     def get_look_features(self, look_pixel_values: torch.Tensor, **kwargs):
         """See [`PerceptionGPTModel.get_look_features`]."""
@@ -167,6 +182,11 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             state.looks = LookState(len(state.image_of_row))
         looks = state.looks
         looks.begin(most or 0, bias)
+        new_layers = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "layers", None)
+        if new_layers is not None:
+            old = looks.layers
+            pairs = None if old is None else zip(old, new_layers, strict=True)
+            looks.layers = new_layers if pairs is None else tuple(torch.cat(pair) for pair in pairs)
         if images is not None and isinstance(cache, PrefixCache):  # it has the first images of its first row alone
             images = images[: state.num_images]
         self._add_look_images(state, images, stats)
@@ -189,14 +209,16 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         if goes_on and ids is not None:
             goes_on = torch.equal(ids[:, -1].to(state.unfed_tokens), state.unfed_tokens)
         elif past_length and past_length == state.length and looks.most:
-            unread = [token == config.look_token_id for token in state.unfed_tokens.tolist()]
-            if any(may and looked for may, looked in zip(looks.allowed, unread, strict=True)):
+            asks = ((config.look_token_id, looks.allowed), (config.reenc_token_id, looks.may_reencode))
+            unfed = state.unfed_tokens.tolist()
+            unread = [any(token == unfed[row] and may[row] for token, may in asks) for row in range(len(unfed))]
+            if any(unread):
                 raise ValueError(
                     f"Row {unread.index(True)}: the last call ended with a look that nothing has read yet: continue "
                     "with its sequences before new text is appended."
                 )
         if not goes_on or not looks.most:
-            looks.allowed = [False] * len(looks.allowed)
+            looks.allowed, looks.may_reencode = ([False] * len(looks.allowed) for _ in range(2))
         if not goes_on:
             looks.recent = []
         elif not looks.recent:  # the last call was one of `ground`
@@ -240,7 +262,8 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         looks = model_kwargs["signal_state"].looks
         if looks is not None:
             # Each look of any row takes room in all of them.
-            max_cache_length += len(looks.counts) * looks.most * self.config.look_tokens
+            pads = max(self.config.look_tokens, self.config.reenc_queries)
+            max_cache_length += len(looks.counts) * looks.most * pads
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -263,20 +286,17 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         **kwargs,
     ):
         looks = getattr(signal_state, "looks", None)
-        look_outputs = None
+        outputs = {}
         if looks is not None:
             tokens = input_ids[:, -1].tolist() if input_ids.shape[1] else [-1] * len(input_ids)
-            looking = [row for row, token in enumerate(tokens) if token == self.config.look_token_id]
-            looking = [row for row in looking if looks.allowed[row]]
-            if looking:
-                seen, look_outputs = self._look(signal_state, looking)
-                if look_outputs is not None:
-                    past = int(past_key_values.get_seq_length())
-                    input_ids, attention_mask, kwargs["position_ids"] = self._make_room(
-                        seen, input_ids, attention_mask, kwargs["position_ids"], past, past_key_values
-                    )
-                    next_sequence_length = self.config.look_tokens + 1
-                    looks.pending = attention_mask, kwargs["position_ids"]
+            pads, outputs = self._look_again(signal_state, tokens)
+            if pads:
+                past = int(past_key_values.get_seq_length())
+                input_ids, attention_mask, kwargs["position_ids"] = self._make_room(
+                    pads, input_ids, attention_mask, kwargs["position_ids"], past, past_key_values
+                )
+                next_sequence_length = max(pads.values()) + 1
+                looks.pending, looks.made_room = (attention_mask, kwargs["position_ids"]), True
             self._follow(signal_state, tokens, is_first_iteration)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -288,13 +308,43 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             signal_state=signal_state,
             **kwargs,
         )
-        if look_outputs is not None:
-            model_inputs["mm_encoder_outputs"] = {"look": look_outputs}
+        if outputs:
+            model_inputs["mm_encoder_outputs"] = outputs
         if looks is not None and past_key_values is not None:
             ids = model_inputs["input_ids"]
             shape = model_inputs["inputs_embeds"].shape[:2] if ids is None else None
             looks.read.append(looks.head.new_zeros(shape) if ids is None else ids.to(looks.head.device))
         return model_inputs
+
+    def _look_again(self, state: SignalState, tokens: list[int]) -> tuple[dict[int, int], dict]:
+        """
+        What rows see that have just asked for it.
+
+        Args:
+            tokens (`list[int]`): what each row reads in this step.
+
+        Returns:
+            how many pads follow the token of a row, by row; and their features, as `mm_encoder_outputs` of `forward`.
+        """
+        config, looks = self.config, state.looks
+        pads, outputs = {}, {}
+        rows = [row for row, token in enumerate(tokens) if token == config.look_token_id and looks.allowed[row]]
+        if rows:
+            seen, features = self._look(state, rows)
+            if seen:
+                outputs["look"] = features
+                pads |= dict.fromkeys(seen, config.look_tokens)
+        rows = [row for row, token in enumerate(tokens) if token == config.reenc_token_id and looks.may_reencode[row]]
+        if rows:
+            index = torch.tensor(rows, device=state.last_state.device)
+            images = state.image_of_row.to(index.device)[index]
+            layers = tuple(layer[images.to(layer.device)] for layer in looks.layers)
+            outputs["reenc"] = self.reencode(state.last_state[index], layers)
+            pads |= dict.fromkeys(rows, config.reenc_queries)
+            for row in rows:
+                looks.counts[row] += 1
+                looks.reencoded[row] = True
+        return pads, outputs
 
     def _look(self, state: SignalState, rows: list[int]):
         """
@@ -334,35 +384,35 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             looks.mask_features.append(outputs.mask_features)
         return seen, outputs
 
-    def _make_room(self, rows: list[int], input_ids, attention_mask, position_ids, past_length: int, cache):
+    def _make_room(self, pads: dict[int, int], input_ids, attention_mask, position_ids, past_length: int, cache):
         """
-        Tokens, attention mask and positions of a step in which some rows read `<look>` and its pads. The others read
-        their own token behind slots that nothing attends to.
+        Tokens, attention mask and positions of a step in which some rows read pads behind their token. In front of each
+        row's own there are slots that nothing attends to, so that all end together.
+
+        Args:
+            pads (`dict[int, int]`): number of pads by row.
         """
-        pads, count = self.config.look_tokens, len(input_ids)
-        if cache.is_compileable and past_length + pads + 1 > cache.get_max_length():
+        count, most = len(input_ids), max(pads.values())
+        if cache.is_compileable and past_length + most + 1 > cache.get_max_length():
             raise ValueError(
-                f"The cache holds {past_length} of {cache.get_max_length()} tokens, and a look takes {pads + 1}: it "
+                f"The cache holds {past_length} of {cache.get_max_length()} tokens, and a look takes {most + 1}: it "
                 "needs room for as many looks as all rows together may take."
             )
-        chosen = torch.zeros(count, 1, dtype=torch.bool, device=input_ids.device)
-        chosen[rows] = True
-        filler = self.generation_config.pad_token_id
-        last = input_ids[:, -1:]
-        others = torch.cat([torch.full_like(last, 0 if filler is None else filler).expand(-1, pads), last], dim=1)
-        own = torch.cat([last, torch.full_like(last, self.config.look_pad_token_id).expand(-1, pads)], dim=1)
-        input_ids = torch.cat([input_ids[:, :-1], torch.where(chosen, own, others)], dim=1)
-        steps = torch.arange(pads + 1, device=position_ids.device)
-        chosen = chosen.to(position_ids.device)
+        device, config = input_ids.device, self.config
+        own = torch.tensor([pads.get(row, 0) for row in range(count)], device=device)[:, None]
+        steps = torch.arange(most + 1, device=device) - (most - own)  # 0 at each row's token, below 0 before it
+        filler, last = self.generation_config.pad_token_id, input_ids[:, -1:]
+        pad = torch.where(last == config.look_token_id, config.look_pad_token_id, last)  # `<reenc>` is its own pad
+        ids = torch.where(steps > 0, pad, torch.where(steps == 0, last, 0 if filler is None else filler))
+        input_ids = torch.cat([input_ids[:, :-1], ids], dim=1)
+        steps = steps.to(position_ids.device)
         position_ids = position_ids.expand(count, -1)
-        last = position_ids[:, -1:]
-        positions = torch.where(chosen, last + steps, last * (steps == pads))
+        positions = (position_ids[:, -1:] + steps) * (steps >= 0)
         position_ids = torch.cat([position_ids[:, :-1], positions], dim=1)
-        if attention_mask is None and len(rows) < count:
-            attention_mask = torch.ones(count, past_length + 1, dtype=torch.long, device=input_ids.device)
+        if attention_mask is None and bool((own < most).any()):
+            attention_mask = torch.ones(count, past_length + 1, dtype=torch.long, device=device)
         if attention_mask is not None:
-            shown = (chosen | (steps == pads)).to(attention_mask)
-            attention_mask = torch.cat([attention_mask[:, :-1], shown], dim=1)
+            attention_mask = torch.cat([attention_mask[:, :-1], (steps >= 0).to(attention_mask)], dim=1)
         return input_ids, attention_mask, position_ids
 
     def _follow(self, state: SignalState, tokens: list[int], is_first_iteration: bool) -> None:
@@ -377,6 +427,16 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         looks.allowed = [
             is_known and token == config.vis_token_id and image >= 0 and seen < looks.most
             for is_known, token, image, seen in zip(known, tokens, images, looks.counts, strict=True)
+        ]
+        asking = (config.look_token_id, config.reenc_token_id)
+        looks.may_reencode = [
+            bool(config.reenc_queries)
+            and looks.layers is not None
+            and image >= 0
+            and not done
+            and seen < looks.most
+            and token not in asking
+            for token, image, done, seen in zip(tokens, images, looks.reencoded, looks.counts, strict=True)
         ]
         looks.tokens = tokens
         in_crops = config.look_frame == "crop"

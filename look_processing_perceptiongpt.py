@@ -11,6 +11,7 @@ from .configuration_perceptiongpt import (
     LOOK_END_TOKEN,
     LOOK_PAD_TOKEN,
     LOOK_TOKEN,
+    REENC_TOKEN,
     VIS_TOKEN,
 )
 from .geometry_perceptiongpt import boxes_from_square, decode_mask, mask_to_square
@@ -40,6 +41,11 @@ def check_crop(crop, height: int, width: int) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
+def reenc_text(reenc_queries: int) -> str:
+    """What stands for an image that is encoded again in a text: `<reenc>`, and once more for each of its pads."""
+    return REENC_TOKEN * (1 + reenc_queries)
+
+
 class LookProcessorMixin:
     """
     What `PerceptionGPTProcessor` does for a checkpoint that looks again.
@@ -47,10 +53,11 @@ class LookProcessorMixin:
     Attributes:
         look_tokens (`int`): pads of a look, `config.look_tokens`; 0 for a checkpoint that does not look.
         look_frame (`str`): `config.look_frame`.
+        reenc_queries (`int`): `config.reenc_queries`.
     """
 
-    def _set_up_looks(self, look_tokens: int, look_frame: str) -> None:
-        self.look_tokens, self.look_frame = look_tokens, look_frame
+    def _set_up_looks(self, look_tokens: int, look_frame: str, reenc_queries: int) -> None:
+        self.look_tokens, self.look_frame, self.reenc_queries = look_tokens, look_frame, reenc_queries
         tokens = [LOOK_TOKEN, LOOK_END_TOKEN]
         self.look_token_id, self.look_end_token_id = self.tokenizer.convert_tokens_to_ids(tokens)
         resample = getattr(self.image_processor, "resample", None)
@@ -63,7 +70,8 @@ class LookProcessorMixin:
     def to_dict(self) -> dict:
         """As in the library; the processor of a checkpoint that does not look says nothing of looks."""
         saved = super().to_dict()
-        return saved if self.look_tokens else {name: value for name, value in saved.items() if name[:5] != "look_"}
+        left_out = (*(() if self.look_tokens else ("look_",)), *(() if self.reenc_queries else ("reenc_",)))
+        return {name: value for name, value in saved.items() if not name.startswith(left_out)}
 
     def _original_images(self, images: list[Image.Image], return_tensors: str | None) -> dict:
         """`look_images` and `look_image_stats` for `generate`."""
@@ -198,4 +206,4 @@ class LookProcessorMixin:
         return looks
 
 
-__all__ = ["LookProcessorMixin", "look_text"]
+__all__ = ["LookProcessorMixin", "look_text", "reenc_text"]

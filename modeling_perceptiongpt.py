@@ -26,6 +26,7 @@ from .outputs_perceptiongpt import (
     PerceptionGPTModelOutputWithPast,
     PerceptionGPTOutputWithPast,
 )
+from .reencoding_perceptiongpt import ReencodingMixin
 from .signal_perceptiongpt import SignalEmbeddingNorm
 from .signals_perceptiongpt import SIGNALS, take_signal_counts, take_signal_inputs
 from .slots_perceptiongpt import (
@@ -79,7 +80,10 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         # N(0, 0.02), right for the backbones, would let almost no gradient through the projector and the signals.
-        if getattr(module, "is_signal_part", False) and isinstance(module, nn.Linear):
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif getattr(module, "is_signal_part", False) and isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
         elif getattr(module, "is_signal_part", False) and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -99,7 +103,9 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.logits, 6.0 * one_hot)
 
 
-class PerceptionGPTModel(LookEncodingMixin, VisionMixin, SignalModulesMixin, PerceptionGPTPreTrainedModel):
+class PerceptionGPTModel(
+    LookEncodingMixin, ReencodingMixin, VisionMixin, SignalModulesMixin, PerceptionGPTPreTrainedModel
+):
     """
     The vision tower, the language model without its head, and the signal modules.
 
@@ -125,6 +131,7 @@ class PerceptionGPTModel(LookEncodingMixin, VisionMixin, SignalModulesMixin, Per
             num_layers = len(channels)
         else:
             num_layers = config.vision_config.num_hidden_layers
+        self.num_vision_layers = num_layers
         self.language_mixture = FeatureMixture(num_layers, config.mixture_base_layer)
         self.mask_mixture = FeatureMixture(num_layers, config.mixture_base_layer)
         self.position_table = PositionTable(config.position_gain)
@@ -135,6 +142,7 @@ class PerceptionGPTModel(LookEncodingMixin, VisionMixin, SignalModulesMixin, Per
         embedding_rms = embedding_scale * getattr(config.text_config, "initializer_range", 0.02)
         parts.extend(self.multi_modal_projector.modules())
         parts.extend(self.add_signal_modules(config, embedding_rms))
+        parts.extend(self.add_reencoder(config, num_layers))
         for part in parts:
             part.is_signal_part = True
         self.post_init()
@@ -299,6 +307,18 @@ class PerceptionGPTModel(LookEncodingMixin, VisionMixin, SignalModulesMixin, Per
         # With a static cache `generate` hands over a dict of masks, one for each kind of layer.
         if getattr(attention_mask, "dtype", None) == torch.bool and attention_mask.ndim == 4:
             attention_mask = packed_mask(self.config, attention_mask, position_ids, inputs_embeds.dtype)
+        if self.config.reenc_queries:
+
+            def run_language_model(embeds: torch.Tensor) -> torch.Tensor:
+                if isinstance(attention_mask, dict) or (past_key_values and past_key_values.get_seq_length()):
+                    raise ValueError("A prompt in which an image is encoded again needs a dynamic cache that is empty.")
+                given_to_model = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+                return self.language_model(inputs_embeds=embeds, **given_to_model).last_hidden_state
+
+            reencoded = (mm_encoder_outputs or {}).get("reenc")
+            inputs_embeds = self.add_reencodings(
+                inputs_embeds, input_ids, given_embeds, reencoded, image_outputs, run_language_model, run_every_module
+            )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -19,10 +19,13 @@ class PerceptionGPTImageFeatures(BaseModelOutputWithPooling):
         What the mask decoder reads, from the same pass of the tower; `None` where the config has a finer mask path.
     tower_states (`tuple[torch.Tensor]`, *optional*):
         What `mask_features` can be made of, where they were not asked for.
+    layers (`tuple[torch.Tensor]`, *optional*):
+        Of models that encode an image again what they read then, see [`reencoding_layers`].
     """
 
     mask_features: torch.Tensor | None = None
     tower_states: tuple[torch.Tensor, ...] | None = None
+    layers: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass

@@ -69,7 +69,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
         mask_image_size (`int`, *optional*): side in pixels of `mask_pixel_values`, `config.mask_image_size`.
         signals (`list[str]`, defaults to `["box", "mask"]`): the checkpoint's signals, `config.signals`.
         look_tokens (`int`, defaults to 0): `config.look_tokens` of a checkpoint that looks again.
-        look_frame (`str`, defaults to `"image"`): `config.look_frame`.
+        look_frame (`str`, defaults to `"image"`), reenc_queries (`int`, defaults to 0): those of the config.
     """
 
     text_kwargs = {"padding": True}
@@ -86,6 +86,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
         signals: list[str] | tuple[str, ...] = FIRST_SIGNALS,
         look_tokens: int = 0,
         look_frame: str = "image",
+        reenc_queries: int = 0,
     ):
         self.signals = choose_signals(signals)
         self.image_seq_length = image_seq_length
@@ -105,7 +106,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
                 logger.warning(f"PerceptionGPT's own chat template is used in place of the tokenizer's: {problem}.")
                 template = CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=template)
-        self._set_up_looks(look_tokens, look_frame)
+        self._set_up_looks(look_tokens, look_frame, reenc_queries)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, config) -> "PerceptionGPTProcessor":
@@ -147,6 +148,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
             signals=config.signals,
             look_tokens=config.look_tokens if config.look_max else 0,
             look_frame=config.look_frame,
+            reenc_queries=config.reenc_queries,
         )
 
     @property
@@ -405,7 +407,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
             raise ValueError("The conversation is empty; expected at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
         rows = [
-            flatten_messages(sample, messages, self.signals, self.look_tokens)
+            flatten_messages(sample, messages, self.signals, self.look_tokens, self.reenc_queries)
             for sample, messages in enumerate(conversations)
         ]
         form = chat_form(template, self.tokenizer)

@@ -265,7 +265,8 @@ class VisionMixin:
             outputs, tower_states = self.encode_tower(pixel_values, **kwargs)
         layers = self._vision_layers(tower_states)
         reads_masks_here = not self.config.mask_image_size  # and not from finer images
-        features = self.position_table(self._mix(self.language_mixture, layers, self.config.image_grid))
+        mixed = self._mix(self.language_mixture, layers, self.config.image_grid)
+        features = self.position_table(mixed)
         return PerceptionGPTImageFeatures(
             last_hidden_state=layers[-1],
             pooler_output=self.multi_modal_projector(features),
@@ -273,6 +274,7 @@ class VisionMixin:
             attentions=getattr(outputs, "attentions", None),
             mask_features=self._mask_features(layers) if reads_masks_here and with_mask_features else None,
             tower_states=tower_states if reads_masks_here and not with_mask_features else None,
+            layers=self.reencoding_layers(layers, mixed) if self.config.reenc_queries else None,
         )
 
     def get_mask_features(

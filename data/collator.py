@@ -14,7 +14,7 @@ import torch
 from datasets import List
 from torch.utils.data import Dataset
 
-from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, LOOK_PAD_TOKEN
+from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, LOOK_PAD_TOKEN, REENC_TOKEN
 from perceptiongpt.data.looks import Looks
 from perceptiongpt.data.schema import describe_row, row_images, row_to_messages
 from perceptiongpt.data.templates import stable_generator
@@ -90,6 +90,8 @@ class PerceptionCollator:
         look_pads = [LOOK_PAD_TOKEN] if processor.look_tokens else []
         unwritten = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, *look_pads])
         self.never_written = torch.tensor(unwritten)  # tokens that stand for images and crops
+        reenc = processor.tokenizer.convert_tokens_to_ids(REENC_TOKEN)
+        self.reenc_token_id = reenc if processor.reenc_queries else -1
         self.pad_token_id = processor.tokenizer.pad_token_id
         if self.pad_token_id is None:
             self.pad_token_id = processor.tokenizer.eos_token_id
@@ -228,6 +230,8 @@ class PerceptionCollator:
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids = batch["input_ids"][index, :length]
             supervised = assistant[index, :length] & ~torch.isin(ids, self.never_written)
+            is_reenc = ids == self.reenc_token_id
+            supervised[1:] &= ~(is_reenc[1:] & is_reenc[:-1])  # those behind the first are its pads
             if not supervised.any():
                 raise ValueError(f"{describe_row(row)}: no token of the assistant is supervised: {row['messages']}")
             is_vis = ids == self.vis_token_id
@@ -270,6 +274,7 @@ class PerceptionCollator:
         for index, one in enumerate(encoded):
             prefix = self._prefix(one)
             alone = prefix == 0 or (one["labels"][: prefix + 1] != IGNORED_LABEL).any()
+            alone |= (one["input_ids"] == self.reenc_token_id).any()
             groups[index if alone else tuple(one["input_ids"][:prefix].tolist())].append(index)
         images = {key: encoded[0][key] for key in ("pixel_values", "mask_pixel_values") if key in encoded[0]}
         return [
@@ -290,6 +295,8 @@ class PerceptionCollator:
                 raise ValueError(f"{row['name']}: does not begin with the same image as {encoded[0]['name']}")
             if len(rows) > 1 and (row["labels"][: prefix + 1] != IGNORED_LABEL).any():
                 raise ValueError(f"{row['name']}: an answer directly behind the image cannot be packed")
+            if len(rows) > 1 and (other == self.reenc_token_id).any():
+                raise ValueError(f"{row['name']}: an answer that encodes its image again cannot be packed")
         lengths = [len(other) - prefix for other in ids]
         length = prefix + sum(lengths)
         if self.window is not None and length > self.window:

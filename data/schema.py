@@ -14,7 +14,7 @@ A row is a dictionary with the columns of `row_features`:
 | `width`, `height` | of the (first) original image, pixels |
 
 In an answer, `<look>` right behind a `<vis>` says that the model looks at it again; a `<vis>` right behind that is the
-same object, found again.
+same object, found again. `<reenc>` in an answer says that the model encodes the image again there.
 """
 
 import math
@@ -30,6 +30,7 @@ from perceptiongpt.configuration_perceptiongpt import (
     LOOK_MARKER,
     PHRASE_END_TOKEN,
     PHRASE_START_TOKEN,
+    REENC_MARKER,
     VIS_TOKEN,
 )
 from perceptiongpt.geometry_perceptiongpt import decode_mask
@@ -149,7 +150,7 @@ def row_to_messages(row: dict) -> list[dict]:
     messages = []
     for message, content in zip(row["messages"], contents, strict=True):
         items = []
-        for piece in re.split(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIS_TOKEN)}(?:{LOOK_MARKER})?)", content):
+        for piece in re.split(f"({IMAGE_TOKEN}|{VIS_TOKEN}(?:{LOOK_MARKER})?|{REENC_MARKER})", content):
             if piece == IMAGE_TOKEN:
                 items.append({"type": "image", "image": next(images)})
             elif piece.startswith(VIS_TOKEN):
@@ -157,6 +158,8 @@ def row_to_messages(row: dict) -> list[dict]:
                 items.append({"type": "region" if len(given) > 1 else next(iter(given)), **given})
                 if piece.endswith(LOOK_MARKER):
                     items.append({"type": "look"})
+            elif piece == REENC_MARKER and message["role"] == "assistant":
+                items.append({"type": "reenc"})
             elif piece:
                 items.append({"type": "text", "text": piece})
         messages.append({"role": message["role"], "content": items})

@@ -7,7 +7,7 @@ from perceptiongpt.look_geometry_perceptiongpt import crop_frame, crop_pixel_val
 from rows import IMAGE, VIS, batch_and_singles, tiny_model, unlike_rows
 
 
-LOOK, LOOK_END, LOOK_PAD = 104, 105, 106
+LOOK, LOOK_END, LOOK_PAD, REENC = 104, 105, 106, 107
 LOOK_TOKENS = 4
 STATS = torch.tensor([[0.5, 0.45, 0.4], [0.25, 0.3, 0.35]])
 # What each of the five rows writes; 0 leaves it to the model, and a look's end follows by itself.
@@ -56,7 +56,7 @@ class Scripted(LogitsProcessor):
     def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.start
         scores = scores.clone()
-        scores[:, [2, IMAGE, VIS, LOOK]] = -1e4
+        scores[:, [2, IMAGE, VIS, LOOK, REENC]] = -1e4
         for row, script in enumerate(self.scripts):
             if step < len(script) and script[step]:
                 scores[row, script[step]] = 1e4
@@ -90,6 +90,8 @@ def teacher_forced(model, inputs, output, pixels=None) -> tuple[dict, list[list[
         for position in range(start, len(sequence)):
             place.append(len(ids))
             ids.append(sequence[position])
+            if sequence[position] == REENC:
+                ids += [REENC] * model.config.reenc_queries
             if position in looks and any(looks[position]):
                 ids += [LOOK_PAD] * model.config.look_tokens
                 image = inputs["look_images"][int(last[index])]

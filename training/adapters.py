@@ -59,7 +59,7 @@ def load_model(recipe: dict, quantized: bool | None = None):
             )
         model = model_class.from_pretrained(settings["checkpoint"], **kwargs)
         if model.config.look_max:
-            signals |= {"look_tokens": model.config.look_tokens, "look_frame": model.config.look_frame}
+            signals |= {name: getattr(model.config, name) for name in ("look_tokens", "look_frame", "reenc_queries")}
         processor = PerceptionGPTProcessor.from_pretrained(settings["checkpoint"], **signals)
     else:
         if settings["vlm"] is not None:

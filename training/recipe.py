@@ -79,7 +79,10 @@ DEFAULTS = {
     "training": {},
 }
 FREE_SECTIONS = {"loss"}  # their keys are checked against the model
-LOOK_KEYS = ("look_max", "look_tokens", "look_margin", "look_min_side", "look_encoder", "look_frame")
+LOOK_KEYS = ("look_max", "look_tokens", "look_margin", "look_min_side", "look_encoder", "look_frame") + (
+    "reenc_queries",
+    "reenc_projector",
+)
 # What a model starts from: only the first stage says it.
 MODEL_ORIGINS = ("checkpoint", "vision", "text", "vlm", "llava", "config")
 
