@@ -38,7 +38,7 @@ class LookState:
         decoded_in (`list[list[int]]`): for each step of this call, the crop in whose frame the state of each row is
             decoded, -1 for none.
         recent (`list`): of the last two steps, of an earlier call, too, the states and their entry of `decoded_in`.
-        found (`list[dict]`): the looks of this call.
+        found (`list[dict]`): the looks of this call, of either kind.
         next_crops (`list[int]`): what will be the next entry of `decoded_in`.
         head (`torch.Tensor` of shape `(rows, n)`): the tokens that the cache held before this call, zeros for unknown.
         read (`list[torch.Tensor]`): the tokens of each step of this call as they stand in the cache.
@@ -344,6 +344,8 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             for row in rows:
                 looks.counts[row] += 1
                 looks.reencoded[row] = True
+                box = whole_frames(1)[0]
+                looks.found.append({"row": row, "step": len(state.states) - 1, "box": box, "crop": None})
         return pads, outputs
 
     def _look(self, state: SignalState, rows: list[int]):

@@ -193,13 +193,15 @@ class LookProcessorMixin:
             position = int(position)
             if position < 0:
                 continue
+            is_crop = ids[position] == self.look_token_id
             found = position + 2 if self._is_refined(ids, position - 1) else position - 1
             box = box if size is None else boxes_from_square(box, *size)
             looks.append(
                 {
+                    "kind": "look" if is_crop else "reenc",
                     "box": box.tolist(),
                     "crop": crop.tolist() if crop.any() else None,
-                    "object": positions.index(found) if found in positions else None,
+                    "object": positions.index(found) if is_crop and found in positions else None,
                     "position": position,
                 }
             )

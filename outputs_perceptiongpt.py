@@ -110,9 +110,9 @@ class SignalGenerateFields:
             Where any object was decoded in a crop: the frame, xyxy in 0..1 of the padded square, that `mask_logits` of
             each object lie on; 0, 0, 1, 1 for the others.
         look_positions (`torch.Tensor` of shape `(S, N)`, *optional*):
-            Of models that look again: index into `sequences` of each `<look>`, -1 where there is none.
+            Of models that look again: index into `sequences` of each `<look>` and `<reenc>`, -1 where there is none.
         look_boxes (`torch.Tensor` of shape `(S, N, 4)`, *optional*):
-            The box that each look was at, float32 xyxy in 0..1 of the padded square.
+            The box that each look was at, float32 xyxy in 0..1 of the padded square; of `<reenc>` all of it.
         look_crops (`torch.Tensor` of shape `(S, N, 4)`, *optional*):
             The crop that it saw, int64 xyxy in pixels of the original image; 0, 0, 0, 0 where it saw none, because the
             crop would have been nearly the whole image.

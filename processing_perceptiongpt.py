@@ -504,7 +504,7 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
               phrases.
 
             A checkpoint without a signal has none of its entries. One that looks again has **looks** (`list[dict]`):
-            `box`, where the model looked; `crop`, what it saw, xyxy in pixels of the original image (`None` if that
+            `kind`, `"look"` or, where it encoded the whole image again, `"reenc"`; `box`, where the model looked; `crop`, what it saw, xyxy in pixels of the original image (`None` if that
             would have been nearly all of it); `object`, the index of the object that it looked at; and `position` of
             `<look>` in the sequence. An object that the model found again right behind a look is listed once, as it was
             found then.

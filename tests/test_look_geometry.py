@@ -37,7 +37,7 @@ def pixel_box(shares, height, width):
     return [x0 * width, y0 * height, x1 * width, y1 * height]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SIDES, SIDES, st.tuples(*[st.one_of(ANY_NUMBER, st.floats(-1e4, 1e4))] * 4), MARGINS, MIN_SIDES)
 def test_any_box_has_a_crop_inside_the_image(height, width, box, margin, min_side):
     crop = look_crop(box, height, width, margin, min_side)
@@ -52,7 +52,7 @@ def test_any_box_has_a_crop_inside_the_image(height, width, box, margin, min_sid
     assert right - left == bottom - top or width == right - left or height == bottom - top  # a square where it can be
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SIDES, SIDES, st.tuples(*[INSIDE] * 4), MARGINS, MIN_SIDES)
 def test_a_crop_holds_its_box(height, width, shares, margin, min_side):
     x0, y0, x1, y1 = box = pixel_box(shares, height, width)
@@ -74,7 +74,7 @@ def test_nearly_the_whole_image_is_no_look():
     assert look_crop([0, 0, 1, 1], 100, 100, 1.0, 89) == (0, 0, 89, 89)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SIDES, SIDES, st.tuples(*[INSIDE] * 4), st.tuples(*[INSIDE] * 4), MARGINS, MIN_SIDES)
 def test_into_the_frame_and_back(height, width, looked_at, shares, margin, min_side):
     crop = look_crop(pixel_box(looked_at, height, width), height, width, margin, min_side)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor
 
-from perceptiongpt import PerceptionGPTProcessor
+from perceptiongpt import PerceptionGPTProcessor, PerceptionPipeline
 from perceptiongpt.configuration_perceptiongpt import LOOK_END_TOKEN, LOOK_PAD_TOKEN, LOOK_TOKEN
 from perceptiongpt.drawing import draw_objects
 from perceptiongpt.look_geometry_perceptiongpt import crop_frame, crop_pixel_values, into_frame, look_crop
@@ -203,6 +203,7 @@ def test_results_list_looks_and_what_was_found_again(looking):
     assert result["objects"][0]["box"] == [60.0, 20.0, 80.0, 40.0]  # as it was found in the crop
     first, second = result["looks"]
     assert (first["crop"], first["object"], second["crop"], second["object"]) == (list(CROP), 0, None, 1)
+    assert (first["kind"], first["position"]) == ("look", output["look_positions"][0, 0])
     assert first["box"] == pytest.approx([64, 29, 80, 45], abs=1e-4)
     # The mask is pasted where the crop lies: cells 4..20 and 8..24 of 32 over its 36 pixels.
     mask = result["objects"][0]["mask"].numpy()
@@ -299,3 +300,20 @@ def test_looks_are_drawn_and_listed(looking, image, tmp_path, capsys):
     for more, message in ((["3"], "looks 0 to 2 times"), (["1", "--ground"], "--ground never looks")):
         assert predict.main([*command, "--max_looks", *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_pipeline_lists_looks_of_one_question_and_of_several(looking, image):
+    model, processor = looking
+    pipe = PerceptionPipeline(model=model, processor=processor)
+    bias = [[[model.config.vis_token_id], 1e4]]
+    options = {"max_new_tokens": 7, "do_sample": False, "sequence_bias": bias, "look_bias": 2e4}
+    questions = ["Find the dot.", "Find another one."]
+    together = pipe(image, questions, **options)
+    for question, result in zip(questions, together, strict=True):
+        alone = pipe(image, question, **options)
+        assert len(result["looks"]) == len(alone["looks"]) == 2
+        assert [look["crop"] for look in result["looks"]] == [look["crop"] for look in alone["looks"]]
+        assert len(result["objects"]) == len(alone["objects"]) == 1
+        assert result["objects"][0]["box"] == pytest.approx(alone["objects"][0]["box"], abs=1e-2)
+    assert pipe(image, questions[0], **{**options, "look_bias": 0.0, "max_looks": 0}).get("looks") is None
+    assert pipe(image, questions[0], ground=True)["text"] is not None

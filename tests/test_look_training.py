@@ -3,6 +3,7 @@
 `python -I tests/test_look_training.py FOLDER RESULTS.pt` is a process that cannot import the package.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ from perceptiongpt.data.collator import IGNORED_LABEL, PerceptionCollator  # noq
 from perceptiongpt.data.looks import LOOK, Looks  # noqa: E402
 from perceptiongpt.data.scenes.dataset import ScenesDataset  # noqa: E402
 from perceptiongpt.data.schema import decode_rle, validate_row  # noqa: E402
+from perceptiongpt.data.sources import rows  # noqa: E402
 from perceptiongpt.geometry_perceptiongpt import boxes_from_square, boxes_to_square  # noqa: E402
 from perceptiongpt.look_geometry_perceptiongpt import crop_frame, into_frame, look_crop, out_of_frame  # noqa: E402
 from perceptiongpt.signal_box_perceptiongpt import box_iou_and_giou  # noqa: E402
@@ -476,3 +478,14 @@ def test_what_is_read_is_read_behind_a_look(image_looking):
     (content,) = [message["content"] for message in looks.rewrite(row)["messages"] if message["role"] == "assistant"]
     assert content == row["messages"][1]["content"].replace("<vis>", f"{LOOK}<vis>")
     assert torch.isfinite(model(**collate(image_looking, [row], False, below=1.0)).loss)
+
+
+def test_visual_cot_answers_behind_a_look(tmp_path):
+    record = {"question": "What does it say?", "answer": "stop", "image": "a.png", "bboxs": [[4, 5, 20, 30]]}
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata/some_train.jsonl").write_text(json.dumps({**record, "width": 60, "height": 40}))
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    for looks, expected in ((False, "<p>this part</p><vis>: stop"), (True, f"{LOOK} stop")):
+        arguments = {"evaluation": True, "looks": looks, "tasks": ["grounded_vqa"]}
+        (row,) = rows("viscot", root=str(tmp_path), images=str(tmp_path), **arguments)
+        assert row["messages"][1]["content"] == expected and row["boxes"] == [[4, 5, 20, 30]]

@@ -96,7 +96,8 @@ def test_generation_equals_teacher_forcing(model, cache):
     output = run(model, inputs, SCRIPT, cache_implementation=cache)
     answers = output.sequences[:, output.prompt_length :]
     assert (answers == REENC).sum(1).tolist() == [1, 1, 1, 0, 0]
-    assert (output.look_positions >= 0).sum(1).tolist() == [0, 1, 1, 0, 0]
+    assert (output.look_positions >= 0).sum(1).tolist() == [1, 2, 2, 0, 0]
+    assert output.look_boxes[0, 0].tolist() == [0, 0, 1, 1] and not output.look_crops[0].any()
     check_replay(model, inputs, output)
 
 

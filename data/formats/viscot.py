@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from perceptiongpt.configuration_perceptiongpt import IMAGE_TOKEN, PHRASE_END_TOKEN, PHRASE_START_TOKEN, VIS_TOKEN
+from perceptiongpt.configuration_perceptiongpt import (
+    IMAGE_TOKEN,
+    LOOK_MARKER,
+    PHRASE_END_TOKEN,
+    PHRASE_START_TOKEN,
+    VIS_TOKEN,
+)
 from perceptiongpt.data.conversation import (
     Draw,
     ImageFinder,
@@ -47,6 +53,7 @@ def viscot_rows(
     evaluation: bool = False,
     limit: int | None = None,
     problems: Problems | None = None,
+    looks: bool = False,
 ) -> Iterator[dict]:
     """Yield the rows of Visual-CoT: where to look (`reasoning`), and, where there is an answer, the answer with the
     box as evidence (`grounded_vqa`), about the box (`region_vqa`) and without it (`vqa`).
@@ -61,6 +68,7 @@ def viscot_rows(
         seed, evaluation: seed of the drawn prompts and choices; True: the fixed evaluation prompts.
         limit: read only the first `limit` records of each file.
         problems: collects bad records; None: the first one raises.
+        looks: for models that look again: `grounded_vqa` asks as `vqa` does, and answers behind a look at the box.
     """
     tasks = chosen_tasks(tasks, VISCOT_TASKS, "viscot")
     root = Path(root)
@@ -94,6 +102,9 @@ def viscot_rows(
             if task in tasks and content is not None and (task != "region_vqa" or len(slots) == 1):
                 generator = draw(columns["image_id"], task, question)
                 prompt, reply = render_turn(task, question, content, generator, evidence)
+                if looks and task == "grounded_vqa" and len(slots) == 1:
+                    prompt, reply = render_turn("vqa", question, content, generator)
+                    reply = f"{VIS_TOKEN}{LOOK_MARKER} {reply}"
                 yield make_row(task, [Turn(prompt, reply, [] if task == "vqa" else slots)], columns)
 
     for path in files:
