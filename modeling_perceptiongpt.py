@@ -218,8 +218,8 @@ class PerceptionGPTModel(
             signal_embeds, signal_embeds_mask (`(batch_size, n, hidden_size)` and bool `(batch_size, n)`, *optional*):
                 Ready-made embeddings for the last n positions, used where the bool mask is True.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": get_image_features(...)}`, `{"look": get_look_features(...)}` and `{"reenc": reencode(...)}`, any
-                of them, computed earlier.
+                Computed earlier, any of `{"image": get_image_features(...), "look": get_look_features(...), "reenc":
+                reencode(...)}`.
             tower_states, mask_tower_states (`tuple[torch.Tensor]`, *optional*):
                 What [`encode_tower`] made of `pixel_values` and of `mask_pixel_values`, in their place.
             run_every_module (`bool`, *optional*):

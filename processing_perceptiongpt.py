@@ -504,10 +504,10 @@ class PerceptionGPTProcessor(LookProcessorMixin, ProcessorMixin):
               phrases.
 
             A checkpoint without a signal has none of its entries. One that looks again has **looks** (`list[dict]`):
-            `kind`, `"look"` or, where it encoded the whole image again, `"reenc"`; `box`, where the model looked; `crop`, what it saw, xyxy in pixels of the original image (`None` if that
-            would have been nearly all of it); `object`, the index of the object that it looked at; and `position` of
-            `<look>` in the sequence. An object that the model found again right behind a look is listed once, as it was
-            found then.
+            `kind`, `"look"`, or `"reenc"` where it encoded the whole image again; `box`, where it looked; `crop`, what
+            it saw, xyxy in pixels of the original image (`None` if that would have been nearly all of it); `object`,
+            the index of the object that it looked at; and `position` of the token in the sequence. An object that the
+            model found again right behind a look is listed once, as it was found then.
         """
         check_mask_format(mask_format)
         values = output if isinstance(output, Mapping) else vars(output)
