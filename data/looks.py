@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from perceptiongpt.configuration_perceptiongpt import LOOK_MARKER, VIS_TOKEN
+from perceptiongpt.configuration_perceptiongpt import LOOK_MARKER, REENC_MARKER, VIS_TOKEN
 from perceptiongpt.data.schema import describe_row, row_images
 from perceptiongpt.data.templates import stable_generator
 from perceptiongpt.geometry_perceptiongpt import (
@@ -40,8 +40,8 @@ class Looks:
         scale: least and largest factor, log-uniform, by which the box of a look is scaled.
         shift: by how much of its side it is moved at most, in each direction.
         wrong: how often a row's first look is somewhere else, None for 0.1. It is followed by the right one, where
-            there may be one look more, or else by what the first view shows. Always 0 with `look_frame: crop`: what
-            lies outside a crop cannot be said in its frame.
+            the answer may have one look more, or else by what the first view shows. Always 0 with `look_frame: crop`:
+            what lies outside a crop cannot be said in its frame.
         drop: how often tokens behind a look that is not wrong do not see the first view.
     """
 
@@ -80,43 +80,48 @@ class Looks:
         """A row with its looks: those that `below` adds, and perhaps a wrong one (`wrong_look`)."""
         if self.below is not None and not any(LOOK_MARKER in message["content"] for message in row["messages"]):
             row = self._look_at_small_targets(row)
-        count = sum(message["content"].count(LOOK) for message in row["messages"])
-        if count > self.config.look_max:
-            raise ValueError(f"{describe_row(row)}: {count} looks, `look_max` of the model is {self.config.look_max}")
-        if not count or not self.wrong:
+        contents = [message["content"] for message in row["messages"]]
+        for content in contents:
+            count = self._count(content)
+            if count > self.config.look_max:
+                most = self.config.look_max
+                raise ValueError(f"{describe_row(row)}: {count} looks in an answer, `look_max` of the model is {most}")
+        first = next((index for index, content in enumerate(contents) if LOOK in content), None)
+        if first is None or not self.wrong:
             return row
         identity = [row[key] for key in ("source", "image_id", "split", "task", "messages")]
         if stable_generator(seed, epoch, "wrong look", identity).random() >= self.wrong:
             return row
-        if count < self.config.look_max:
-            first = next(index for index, message in enumerate(row["messages"]) if LOOK in message["content"])
-            content = row["messages"][first]["content"]
-            slot = sum(message["content"].count(VIS_TOKEN) for message in row["messages"][:first])
-            slot += content[: content.index(LOOK)].count(VIS_TOKEN)
-            row = _repeat_slots(row, [slot])
+        content = contents[first]
+        if self._count(content) < self.config.look_max:
+            slot = ("".join(contents[:first]) + content[: content.index(LOOK)]).count(VIS_TOKEN)
             messages = list(row["messages"])
             messages[first] = {**messages[first], "content": content.replace(LOOK, LOOK + LOOK, 1)}
-            return {**row, "messages": messages, "wrong_look": True}
-        is_found_again = any(LOOK + VIS_TOKEN in message["content"] for message in row["messages"])
+            return {**_repeat_slots(row, [slot]), "messages": messages, "wrong_look": True}
+        is_found_again = content[content.index(LOOK) + len(LOOK) :].startswith(VIS_TOKEN)
         return {**row, "wrong_look": True} if is_found_again else row
 
+    @staticmethod
+    def _count(content: str) -> int:
+        """How often an answer looks, in either way."""
+        return content.count(LOOK) + content.count(REENC_MARKER)
+
     def _look_at_small_targets(self, row: dict) -> dict:
-        """Each small target of an answer, unless there are too many, looked at and found again."""
+        """Each small target of an answer, unless it has too many, looked at and found again."""
+        if len(row_images(row)) > 1:
+            return row
         longest = max(row["width"], row["height"])
         slot, small, messages = 0, [], []
         for message in row["messages"]:
             pieces = re.split(f"({re.escape(VIS_TOKEN)})", message["content"])
-            for index, piece in enumerate(pieces):
-                if piece != VIS_TOKEN:
-                    continue
-                if message["role"] == "assistant" and self._is_small(row, slot, longest):
-                    small.append(slot)
-                    pieces[index] = LOOK + VIS_TOKEN
-                slot += 1
+            slots = range(slot, slot := slot + len(pieces) // 2)
+            found = [one for one in slots if message["role"] == "assistant" and self._is_small(row, one, longest)]
+            if len(found) + self._count(message["content"]) <= self.config.look_max:
+                small += found
+                for one in found:
+                    pieces[2 * (one - slots.start) + 1] = LOOK + VIS_TOKEN
             messages.append({**message, "content": "".join(pieces)})
-        if not small or len(small) > self.config.look_max or len(row_images(row)) > 1:
-            return row
-        return {**_repeat_slots(row, small), "messages": messages}
+        return {**_repeat_slots(row, small), "messages": messages} if small else row
 
     def _is_small(self, row: dict, slot: int, longest: int) -> bool:
         box, mask = row["boxes"][slot], row["masks"][slot]

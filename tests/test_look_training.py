@@ -277,6 +277,13 @@ def test_small_targets_are_looked_at(image_looking):
     assert looks == [1, 0, 0]  # three targets are more than two looks
     assert torch.equal(batch["boxes"][0, 0], batch["boxes"][0, 1])
     assert torch.equal(batch["masks"][0, 0], batch["masks"][0, 1])
+    two = {**dialogue, "task": "dialogue"}
+    answers = ("<vis><vis>", "And <vis>.")
+    two["messages"] = [dialogue["messages"][0], {"role": "assistant", "content": answers[0]}]
+    two["messages"] += [{"role": "user", "content": "More?"}, {"role": "assistant", "content": answers[1]}]
+    looks = Looks(image_looking[1], image_looking[0].config, below=0.9, wrong=0.0)
+    contents = [message["content"] for message in looks.rewrite(two)["messages"]]
+    assert contents[1::2] == [f"{LOOK}<vis>" * 2, f"And {LOOK}<vis>."]  # at most two in each answer
     assert not (collate(image_looking, [refer], below=0.01)["input_ids"] == 104).any()
     model, processor = image_looking
     collator = PerceptionCollator(processor, model.config, looks={"below": 0.9})
@@ -322,7 +329,7 @@ def test_models_and_rows_that_do_not_fit_are_refused(make_tiny_model, image_look
         PerceptionCollator(image_looking[1], flash)
     many = looking_rows()[2]
     many["messages"][1]["content"] = f"{LOOK} {LOOK} {LOOK}"
-    with pytest.raises(ValueError, match="3 looks, `look_max`"):
+    with pytest.raises(ValueError, match="3 looks in an answer"):
         collate(image_looking, [many])
     with pytest.raises(ValueError, match="model that does not look"):
         plain[0](**collate(image_looking, looking_rows()))
