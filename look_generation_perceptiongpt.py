@@ -25,7 +25,10 @@ class LookState:
     in the order in which they were seen.
 
     Attributes:
+        vis, look, end, reenc (`int`): ids of tokens.
+        reencodes, decodes_in_crops (`bool`): what the config says.
         images (`list`): the originals, uint8 `(3, height, width)`; `None` for those that were not given.
+        image_of_row (`list[int]`): the last image of each row, -1 for none, at hand without asking the device.
         stats (`torch.Tensor` of shape `(2, 3)`): mean and standard deviation of the image processor.
         most (`int`): how often a row may look in this call; `bias` (`float`) is added to the logit of `<look>`.
         frames (`list[list[float]]`), mask_features (`list[torch.Tensor]`): of all crops.
@@ -48,8 +51,13 @@ class LookState:
         made_room (`bool`): whether the cache holds pads, or slots beside those of other rows, of this call.
     """
 
-    def __init__(self, num_rows: int):
+    def __init__(self, num_rows: int, config):
+        # Read off the config once: it is slow to ask, and every step asks.
+        self.vis, self.look, self.end = config.vis_token_id, config.look_token_id, config.look_end_token_id
+        self.reenc, self.reencodes = config.reenc_token_id, bool(config.reenc_queries)
+        self.decodes_in_crops = config.look_frame == "crop"
         self.images, self.stats = [], None
+        self.image_of_row = [-1] * num_rows
         self.frames, self.mask_features = [], []
         self.crop_of_row = [-1] * num_rows
         self.tokens = [-1] * num_rows
@@ -73,7 +81,7 @@ class LookState:
     def select(self, rows: list[int]) -> "LookState":
         """The state of some rows, or of repeated ones. Images and crops are not copied."""
         state = copy.copy(self)
-        for name in ("crop_of_row", "tokens", "allowed", "may_reencode", "counts", "reencoded"):
+        for name in ("image_of_row", "crop_of_row", "tokens", "allowed", "may_reencode", "counts", "reencoded"):
             setattr(state, name, [getattr(self, name)[row] for row in rows])
         state.images, state.frames, state.mask_features = self.images[:], self.frames[:], self.mask_features[:]
         state.recent = [(states[rows], [crops[row] for row in rows]) for states, crops in self.recent]
@@ -98,17 +106,18 @@ class LookLogitsProcessor(LogitsProcessor):
 
     def __init__(self, state: SignalState, config):
         self.state = state
-        self.look, self.end, self.pad = config.look_token_id, config.look_end_token_id, config.look_pad_token_id
-        self.reenc = config.reenc_token_id if config.reenc_queries else None
+        self.look, self.end = config.look_token_id, config.look_end_token_id
+        self.reenc = config.reenc_token_id
+        own = [self.look, self.end, config.look_pad_token_id, *([self.reenc] if config.reenc_queries else [])]
+        self.own = torch.tensor(own, device=state.image_of_row.device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        looks, scores = self.state.looks, scores.clone()
-        scores[:, [self.end, self.pad]] = -torch.inf
-        allowed = torch.tensor(looks.allowed, device=scores.device)
-        scores[:, self.look] = (scores[:, self.look] + looks.bias).masked_fill(~allowed, -torch.inf)
-        if self.reenc is not None:
-            allowed = torch.tensor(looks.may_reencode, device=scores.device)
-            scores[:, self.reenc] = (scores[:, self.reenc] + looks.bias).masked_fill(~allowed, -torch.inf)
+        looks, given = self.state.looks, scores
+        scores = scores.index_fill(1, self.own.to(scores.device), -torch.inf)
+        for token, allowed in ((self.look, looks.allowed), (self.reenc, looks.may_reencode)):
+            if any(allowed):
+                rows = torch.tensor(allowed, device=scores.device)
+                scores[rows, token] = given[rows, token] + looks.bias
         if self.look in looks.tokens:
             ends = torch.tensor([token == self.look for token in looks.tokens], device=scores.device)
             scores[ends] = -torch.inf
@@ -179,7 +188,7 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         state, kwargs = super()._begin_signals(kwargs, names)
         if state.looks is None:
-            state.looks = LookState(len(state.image_of_row))
+            state.looks = LookState(len(state.image_of_row), config)
         looks = state.looks
         looks.begin(most or 0, bias)
         new_layers = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "layers", None)
@@ -239,8 +248,8 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             raise ValueError(f"`look_images` has {len(images)} images, the new text {new}: expected as many.")
         looks.images.extend(images)
         looks.stats = looks.stats if stats is None else stats
-        of_rows = [index for index in state.image_of_row.tolist() if index >= 0]
-        if looks.most and any(looks.images[index] is None for index in of_rows):
+        looks.image_of_row = state.image_of_row.tolist()
+        if looks.most and any(looks.images[index] is None for index in looks.image_of_row if index >= 0):
             raise ValueError(
                 "The model looks again at the original images, but `look_images` is missing; pass what the processor "
                 "of this checkpoint returns under that name, or `max_looks=0`."
@@ -326,21 +335,21 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         Returns:
             how many pads follow the token of a row, by row; and their features, as `mm_encoder_outputs` of `forward`.
         """
-        config, looks = self.config, state.looks
+        looks = state.looks
         pads, outputs = {}, {}
-        rows = [row for row, token in enumerate(tokens) if token == config.look_token_id and looks.allowed[row]]
+        rows = [row for row, token in enumerate(tokens) if token == looks.look and looks.allowed[row]]
         if rows:
             seen, features = self._look(state, rows)
             if seen:
                 outputs["look"] = features
-                pads |= dict.fromkeys(seen, config.look_tokens)
-        rows = [row for row, token in enumerate(tokens) if token == config.reenc_token_id and looks.may_reencode[row]]
+                pads |= dict.fromkeys(seen, self.config.look_tokens)
+        rows = [row for row, token in enumerate(tokens) if token == looks.reenc and looks.may_reencode[row]]
         if rows:
             index = torch.tensor(rows, device=state.last_state.device)
-            images = state.image_of_row.to(index.device)[index]
-            layers = tuple(layer[images.to(layer.device)] for layer in looks.layers)
+            images = [looks.image_of_row[row] for row in rows]
+            layers = tuple(layer[images] for layer in looks.layers)
             outputs["reenc"] = self.reencode(state.last_state[index], layers)
-            pads |= dict.fromkeys(rows, config.reenc_queries)
+            pads |= dict.fromkeys(rows, self.config.reenc_queries)
             for row in rows:
                 looks.counts[row] += 1
                 looks.reencoded[row] = True
@@ -365,7 +374,7 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
         boxes = out_of_frame(boxes, looks.frames_of(torch.tensor([crops[row] for row in rows])))
         seen, pixel_values = [], []
         for row, box in zip(rows, boxes, strict=True):
-            image = looks.images[int(state.image_of_row[row])]
+            image = looks.images[looks.image_of_row[row]]
             height, width = image.shape[1:]
             pixels = boxes_from_square(box, height, width).tolist()
             crop = look_crop(pixels, height, width, config.look_margin, config.look_min_side)
@@ -419,31 +428,19 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
 
     def _follow(self, state: SignalState, tokens: list[int], is_first_iteration: bool) -> None:
         """Takes note of the token that each row reads in this step."""
-        config, looks = self.config, state.looks
-        if is_first_iteration:
-            # The box of a `<vis>` in a prompt is the user's; one that the last call ended with is the model's.
-            known = [bool(looks.recent)] * len(tokens)
-        else:
-            known = [True] * len(tokens)
-        images = state.image_of_row.tolist()
-        looks.allowed = [
-            is_known and token == config.vis_token_id and image >= 0 and seen < looks.most
-            for is_known, token, image, seen in zip(known, tokens, images, looks.counts, strict=True)
-        ]
-        asking = (config.look_token_id, config.reenc_token_id)
-        looks.may_reencode = [
-            bool(config.reenc_queries)
-            and looks.layers is not None
-            and image >= 0
-            and not done
-            and seen < looks.most
-            and token not in asking
-            for token, image, done, seen in zip(tokens, images, looks.reencoded, looks.counts, strict=True)
-        ]
+        looks = state.looks
+        # The box of a `<vis>` in a prompt is the user's; one that the last call ended with is the model's.
+        is_known = not is_first_iteration or bool(looks.recent)
+        may = [image >= 0 and seen < looks.most for image, seen in zip(looks.image_of_row, looks.counts, strict=True)]
+        looks.allowed = [is_known and one and token == looks.vis for one, token in zip(may, tokens, strict=True)]
+        if looks.reencodes and looks.layers is not None:
+            looks.may_reencode = [
+                one and not done and token not in (looks.look, looks.reenc)
+                for one, done, token in zip(may, looks.reencoded, tokens, strict=True)
+            ]
         looks.tokens = tokens
-        in_crops = config.look_frame == "crop"
         looks.next_crops = [
-            crop if in_crops and token == config.look_end_token_id else -1
+            crop if looks.decodes_in_crops and token == looks.end else -1
             for crop, token in zip(looks.crop_of_row, tokens, strict=True)
         ]
 
@@ -458,8 +455,9 @@ class LookGenerationMixin(PerceptionGPTGenerationMixin):
             looks.attention_mask = model_kwargs.get("attention_mask")
             looks.decoded_in.append(looks.next_crops)
             looks.recent = [*looks.recent[-1:], (state.last_state, looks.next_crops)]
-            crops = torch.tensor(looks.next_crops, device=state.last_state.device)
-            state.frames = looks.frames_of(crops) if max(looks.next_crops) >= 0 else None
+            state.frames = None
+            if max(looks.next_crops) >= 0:
+                state.frames = looks.frames_of(torch.tensor(looks.next_crops, device=state.last_state.device))
         return model_kwargs
 
     def _decode_states(self, states, probabilities, images, valid, state: SignalState, names: list[str]) -> dict:
