@@ -340,3 +340,14 @@ def test_a_full_static_cache_says_so():
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
     with pytest.raises(ValueError, match=f"of {length} tokens, and a look takes 5"):
         run(model, inputs, scripts=SCRIPT[:1], past_key_values=cache, max_new_tokens=5)
+
+
+def test_text_behind_a_look_that_was_not_read_is_refused(whole):
+    model, inputs, _ = whole
+    first = run(model, inputs, max_new_tokens=2)  # the first row has just asked for a look
+    ids = torch.cat([first.sequences, torch.full((5, 2), 9)], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(5, 4, dtype=torch.long)], dim=1)
+    with pytest.raises(ValueError, match="Row 0: the last call ended with a look"):
+        run(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+    with pytest.raises(ValueError, match="look_bias"):
+        looking_model(look_max=0).generate(inputs["input_ids"][:1], look_bias=1.0, max_new_tokens=1)
