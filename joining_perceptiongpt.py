@@ -159,6 +159,35 @@ class JoiningMixin:
             "image_token_id": config.image_token_id,
         }
 
+    @classmethod
+    def join_configs(cls, vision: str, text: str, *, tokenizer=None, **config_kwargs) -> PerceptionGPTConfig:
+        """
+        The config of what [`from_vision_text_pretrained`] or, where both names are the same,
+        [`from_vlm_pretrained`] makes, without reading weights: `position_gain`, which depends on them, is the
+        config's default. Arguments as there.
+        """
+        vision_config = AutoConfig.from_pretrained(vision)
+        text_config = vision_config if vision == text else AutoConfig.from_pretrained(text)
+        if vision == text:
+            config_kwargs = {**cls._projector_settings(vision, vision_config), **config_kwargs}
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        text_config = text_config.get_text_config(decoder=True)
+        ids, token_ids = cls._added_token_ids(tokenizer or cls._find_tokenizer(text), text_config.vocab_size)
+        text_config.vocab_size = max(text_config.vocab_size, *(index + 1 for index in ids))
+        return PerceptionGPTConfig(
+            vision_config=vision_config, text_config=text_config, **{**token_ids, **config_kwargs}
+        )
+
+    @staticmethod
+    def _added_token_ids(tokenizer, vocabulary: int) -> tuple[list[int], dict]:
+        """Ids of `ADDED_TOKENS`, in a tokenizer that gets them or behind a vocabulary; and as the config has them."""
+        if tokenizer is None:
+            ids = list(range(vocabulary, vocabulary + len(ADDED_TOKENS)))
+        else:
+            add_perception_tokens(tokenizer)
+            ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
+        return ids, dict(zip(TOKEN_ID_NAMES, ids, strict=False), reserved_token_ids=ids[len(TOKEN_ID_NAMES) :])
+
     @staticmethod
     def _find_tokenizer(folder_or_id: str):
         """The tokenizer of a checkpoint with `ADDED_TOKENS`, or `None` where there is none."""
@@ -172,12 +201,7 @@ class JoiningMixin:
     def _join(cls, vision_tower, language_model, lm_head, tokenizer, config_kwargs: dict, first_new_row: int = 0):
         """Builds the model around loaded backbones, gives the added tokens their rows and the signals their scale."""
         text_config, vocabulary = language_model.config, language_model.config.vocab_size
-        if tokenizer is None:
-            ids = list(range(vocabulary, vocabulary + len(ADDED_TOKENS)))
-        else:
-            add_perception_tokens(tokenizer)
-            ids = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
-        token_ids = dict(zip(TOKEN_ID_NAMES, ids, strict=False), reserved_token_ids=ids[len(TOKEN_ID_NAMES) :])
+        ids, token_ids = cls._added_token_ids(tokenizer, vocabulary)
         config = PerceptionGPTConfig(
             vision_config=vision_tower.config,
             text_config=text_config,

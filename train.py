@@ -4,6 +4,7 @@
         model.checkpoint=DIR --output runs/mine
     python train.py --output runs/mine --resume       # continue after an interruption, with the recipe of that run
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py --config ... --output ...
+    python train.py --config recipes/paper_7b.yaml --dry_run      # memory per GPU and steps; reads no weights
 
 A recipe is YAML with the sections of `training.recipe.DEFAULTS`; `section.key=value` on the command line replaces one
 of its values. Everything in `training` goes to `transformers.TrainingArguments` (`report_to`, `bf16`,
@@ -38,6 +39,7 @@ from perceptiongpt.training.adapters import (
 from perceptiongpt.training.answers import choose_generation_rows
 from perceptiongpt.training.curves import plot_losses
 from perceptiongpt.training.datasets import load_mixture, load_sources, load_train_rows, pack_rows
+from perceptiongpt.training.dry_run import dry_run
 from perceptiongpt.training.features import FeatureCache
 from perceptiongpt.training.recipe import read_recipe
 from perceptiongpt.training.stages import copy_model, finish_stage, plan_stages
@@ -149,17 +151,26 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe; with --resume, by default that of the run")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where checkpoints and the final model go")
+    parser.add_argument("--output", metavar="DIR", help="where checkpoints and the final model go")
+    parser.add_argument(
+        "--dry_run", action="store_true",
+        help="print parameters, a batch of each source, memory per GPU and steps; reads no weight, writes nothing",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe to replace")
     options = parser.parse_intermixed_args(arguments)
-    before = Path(options.output, "recipe.yaml")
+    if options.output is None and not options.dry_run:
+        parser.error("--output is needed (but for --dry_run)")
+    before = Path(options.output or "", "recipe.yaml")
     before = before if options.resume and before.is_file() else None
     if options.config is None and before is None:
         parser.error("--config is needed (without it, --resume reads the recipe.yaml in the output)")
     hide_progress_bars_in_logs()
     try:
         recipe = read_recipe(options.config or before, options.overrides, before if options.config else None)
+        if options.dry_run:
+            failed = dry_run(recipe)
+            sys.exit("no batch from " + "; ".join(failed) if failed else None)
         train(recipe, options.output, options.resume)
         PartialState().destroy_process_group()  # of several processes: or its threads may outlive the interpreter
     except (ValueError, StrictDataclassError) as error:  # the latter from a value in model.config

@@ -332,7 +332,7 @@ class Mixture(torch.utils.data.IterableDataset):
                     is_last = index == len(batches)
                     place = {"stream": end if is_last else start, "served": 0 if is_last else index}
                     place = json.dumps({"epoch": epoch, **place, "worker": worker, "workers": workers})
-                    yield {"rows": [_open_images(item) for item in batch], "state": place}
+                    yield {"rows": [open_images(item) for item in batch], "state": place}
                 start, served = end, 0
             epoch, state = epoch + 1, {"stream": None}
 
@@ -384,10 +384,10 @@ class MixtureCollator:
         return {**self.collator(batch["rows"]), "stream_state": batch["state"]}
 
 
-def _open_images(item: dict | list[dict]) -> dict | list[dict]:
+def open_images(item: dict | list[dict]) -> dict | list[dict]:
     """Read the image of a row, or the one that a list of rows shares."""
     if isinstance(item, list):
-        first = _open_images(item[0])
+        first = open_images(item[0])
         return [first, *({**row, "image": first["image"]} for row in item[1:])]
     images = []
     for stored in row_images(item):
