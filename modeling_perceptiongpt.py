@@ -65,6 +65,12 @@ class PerceptionGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self):
+        """As in the library, but only parts that are there are named as such: FSDP looks for each of them."""
+        super().post_init()
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules or () if name in there]
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in the library, but names on disk are those of `state_dict()`, not a tower's older ones."""
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

@@ -407,20 +407,50 @@ def test_quantized_training_merges_into_a_plain_model(tiny_backbones, make_tiny_
     assert "quantization_config" not in json.loads((tmp_path / "run/config.json").read_text())
 
 
+def launch(processes: dict, folder: Path, *arguments: str, machines: int = 1) -> None:
+    """Run train.py as `accelerate launch` would with the settings of a recipe of processes, on so many machines."""
+    configs, port = [], int(free_port())
+    for rank in range(machines):
+        several = (
+            {"num_machines": machines, "machine_rank": rank, "main_process_ip": "127.0.0.1"} if machines > 1 else {}
+        )
+        configs.append(folder / f"processes_{rank}.yaml")
+        settings = {**processes, "use_cpu": True, "main_process_port": port, **several}
+        configs[-1].write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    is_sharded = processes["distributed_type"] == "FSDP"
+    script = str(Path(__file__).with_name("shard_on_cpu.py")) if is_sharded else training.__file__
+    runs = [
+        subprocess.Popen(
+            [*command, "--config_file", str(config), script, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for config in configs
+    ]
+    try:
+        for run in runs:
+            printed, _ = run.communicate(timeout=300)
+            assert run.returncode == 0, printed[-4000:]
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def process_recipe(name: str) -> dict:
+    return yaml.safe_load((Path(training.__file__).parent / f"recipes/accelerate/{name}.yaml").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe_of_processes", "mode"), [("cpu", "lora"), ("fsdp2", "lora"), ("fsdp2", "full")])
 def test_shipped_process_recipes(tiny_model_dir, coco_folder, tmp_path, recipe_of_processes, mode):
-    shipped = Path(training.__file__).parent / f"recipes/accelerate/{recipe_of_processes}.yaml"
-    processes = {**yaml.safe_load(shipped.read_text()), "use_cpu": True, "main_process_port": int(free_port())}
-    (tmp_path / "processes.yaml").write_text(yaml.safe_dump(processes))
     recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir, "dtype": "bfloat16"}, mode, max_steps=2)
     recipe["training"] |= {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "processes.yaml")]
-    command += [training.__file__, "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
+    launch(process_recipe(recipe_of_processes), tmp_path, *arguments)
     history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
     assert any("eval_emission" in entry for entry in history)
     before, after = state_of(Path(tiny_model_dir)), state_of(tmp_path / "run")
@@ -428,6 +458,42 @@ def test_shipped_process_recipes(tiny_model_dir, coco_folder, tmp_path, recipe_o
     assert all(torch.isfinite(value).all() for value in after.values())
     assert {value.dtype for name, value in after.items() if "box_decoder" in name} == {torch.float32}
     assert any(not torch.equal(value.to(after[name]), after[name]) for name, value in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "mode"),
+    [("cpu", "lora"), ("two machines", "lora"), ("fsdp2", "full"), ("fsdp2", "lora"), ("fsdp2_sharded", "full")],
+)
+def test_several_processes_and_what_they_saved(tiny_model_dir, coco_folder, tmp_path, processes, mode):
+    """Losses of two processes, and of the run that resumes from their checkpoint, equal those of one process: resumed
+    by one process, or with FSDP by two."""
+    recipe = make_recipe(coco_folder, {"checkpoint": tiny_model_dir}, mode, max_steps=2, save_steps=1)
+    recipe["data"] |= {"eval": [], "train": recipe["data"]["train"] * 4}  # no batch has to be filled up
+    recipe["collator"]["pack"] = None
+    recipe["training"] |= {"logging_steps": 1, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--output"]
+    machines = 2 if processes == "two machines" else 1
+    settings = process_recipe("cpu" if machines > 1 else processes)
+    launch(settings, tmp_path, *arguments, str(tmp_path / "run"), machines=machines)
+    if processes == "fsdp2_sharded":
+        assert len(list((tmp_path / "run/checkpoint-2").glob("*/*.distcp"))) == 2, list((tmp_path / "run").rglob("*"))
+    alone = ["training.per_device_train_batch_size=4", "training.max_steps=4"]
+    if settings["distributed_type"] == "FSDP":  # in pieces, checkpoints are for FSDP to go on from
+        launch(settings, tmp_path, *arguments, str(tmp_path / "run"), "--resume", "training.max_steps=4")
+    else:
+        training.main([*arguments, str(tmp_path / "run"), "--resume", *alone])
+    training.main([*arguments, str(tmp_path / "alone"), *alone])
+    histories = []
+    for name in ("run", "alone"):
+        entries = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        histories.append([[entry[term] for term in LOSS_TERMS] for entry in entries if "loss_lm" in entry])
+    assert len(histories[1]) == 4
+    np.testing.assert_allclose(*histories, atol=1e-4)
+    resumed, expected = state_of(tmp_path / "run"), state_of(tmp_path / "alone")
+    for name, value in expected.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: name + text)
 
 
 def test_packed_and_alone_train_alike(tiny_model_dir, tmp_path):

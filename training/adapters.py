@@ -281,6 +281,8 @@ def save_plain_model(trainer, recipe: dict, output: Path) -> None:
 
     The plain model has the recipe's `model.dtype`; `trainer.model` is it afterwards, where it fits into one process.
     """
+    if trainer.is_fsdp_enabled:  # the final model is whole, whatever checkpoints are
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe["adapter"]["mode"] in PLAIN_MODES:
         trainer.save_model(str(output))
         if model_dtype(recipe) != torch.float32 and trainer.is_world_process_zero():
