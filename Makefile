@@ -36,6 +36,8 @@ test-quant: .venv/quant/.installed
 
 bench: install
 	.venv/bin/python benchmarks/speed.py
+	.venv/bin/python benchmarks/training_step.py
+	.venv/bin/python benchmarks/growth.py
 
 lint: install
 	.venv/bin/ruff check .

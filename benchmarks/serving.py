@@ -26,7 +26,7 @@ from perceptiongpt.inference import answer, load
 
 ROOT = Path(__file__).parents[1]
 PORT = 8123
-START = 240  # seconds that the server may take to start
+START = 400  # seconds that the server may take to start
 
 
 def request(image: Path, text: str, tokens: int) -> bytes:
@@ -38,7 +38,7 @@ def request(image: Path, text: str, tokens: int) -> bytes:
 
 def client(body: bytes, until: float, latencies: list[float], refused: list[int]) -> None:
     """Ask until a time; note how long each answer took."""
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=START)
     while time.perf_counter() < until:
         start = time.perf_counter()
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})

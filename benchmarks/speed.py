@@ -6,175 +6,84 @@
 
 All weights are random. Every line compares two runs that take turns within one process: the median of the ratios of its
 pairs, and the 95 % interval of that median from its order statistics. A bar is met if the interval reaches it. Floors
-are what no program could be faster than: the bytes of the weights over the memory bandwidth for a decoding step, the
-multiplications over the speed of a large matrix product for a prefill.
+are what no program could be faster than, see `measuring.Floors`.
+
+Digits and bins are what a LLaVA would write in place of one `<vis>`: a box as 20 tokens of digits or 4 of bins, the
+contour of a mask by 32 points as 320 or 64 (paper, tables 4 and 7). Training is in training_step.py, packing in
+packing.py, and how cost grows in growth.py.
 """
 
 import argparse
-import gc
-import math
-import os
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from measuring import SIZES, Floors, Lines, build, median_interval, print_machine, prompts, seconds
+from transformers import LogitsProcessor
 
-from perceptiongpt import PerceptionGPTConfig, PerceptionGPTForConditionalGeneration
 
-
-TEXT_TOKENS = 16  # of a prompt, beside its image
-PHRASES = 16
+__all__ = ["SIZES", "build", "median_interval", "seconds"]  # for packing.py
+PHRASES, MASKS, BATCH = 16, 64, 8
 STEPS = 32  # decoded, for the cost of one
-# `special`: the first of the twelve ids that the processor adds, at the end of the vocabulary.
-SIZES = {
-    "small": {
-        "vision": {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 5,
-                   "image_size": 128, "patch_size": 16},
-        "text": {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-                 "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 612},
-        "signals": {"box_config": {"hidden_size": 256}, "point_config": {"hidden_size": 256},
-                    "mask_config": {"hidden_size": 128, "num_attention_heads": 4, "mlp_dim": 256,
-                                    "upscale_channels": 16, "encoder_channels": [16, 32, 32], "encoder_grid": 4}},
-        "special": 600,
-    },
-    "0.5B": {
-        "vision": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                   "image_size": 224, "patch_size": 16},
-        "text": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                 "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
-                 "tie_word_embeddings": True},
-        "signals": {},
-        "special": 151700,
-    },
-}  # fmt: skip
-# Bars by line and size; `None` where the line is only reported.
+SHORT, CAPTION = 4, 64  # tokens of answers
+DISCRETE = {"digits, box": 20, "bins, box": 4, "digits, contour": 320, "bins, contour": 64}
+# Bars by line and size; without one a line is only reported.
 BARS = {
-    "a decoded token, beside LLaVA": {"small": 1.08, "0.5B": 1.03},
-    "generate() of one token, beside LLaVA": {"small": None, "0.5B": None},
-    "ground(), box, beside the prefill": {"small": 1.03, "0.5B": 1.01},
-    "ground(), box and mask, beside the prefill": {"small": 1.45, "0.5B": 1.05},
-    "16 calls, beside 16 phrases on one prefix": {"small": 6.0, "0.5B": 6.0},
+    "a decoded token, beside LLaVA": {"small": "<= 1.08", "0.5B": "<= 1.03"},
+    "generate() of one token, beside LLaVA": {},
+    "ground(), box, beside the prefill": {"small": "<= 1.03", "0.5B": "<= 1.01"},
+    "ground(), box and mask, beside the prefill": {"small": "<= 1.45", "0.5B": "<= 1.05"},
+    "digits, box, beside ours beyond the prefill": {"0.5B": ">= 16"},
+    "bins, box, beside ours beyond the prefill": {"0.5B": ">= 3"},
+    "digits, contour, beside ours beyond the prefill": {"0.5B": ">= 150"},
+    "bins, contour, beside ours beyond the prefill": {"0.5B": ">= 30"},
+    "16 calls, beside 16 phrases on one prefix": {"small": ">= 6", "0.5B": ">= 6"},
+    "64 masks in one batch, beside one": {"small": "<= 24", "0.5B": "<= 24"},  # on a GPU <= 4
+    "one further object, box, beside a plain token": {"small": "<= 1.3", "0.5B": "<= 1.05"},
+    "one further object, box and mask, beside a plain token": {},
+    "8 short answers one by one, beside a batch": {"small": ">= 1.7"},
+    "8 captions one by one, beside a batch": {"small": ">= 2.5", "0.5B": ">= 2.5"},
 }
 
 
-def build(size: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our model and LLaVA with backbones of the same shapes."""
-    sizes = SIZES[size]
-    vision = {"model_type": "clip_vision_model", **sizes["vision"]}
-    text, first = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes["text"]}, sizes["special"]
-    names = ("image_token_id", "vis_token_id", "phrase_start_token_id", "phrase_end_token_id")
-    ids = {name: first + index for index, name in enumerate(names)}
-    ids["reserved_token_ids"] = list(range(first + 4, first + 12))
-    tied = text.get("tie_word_embeddings", False)
-    common = {"vision_config": vision, "text_config": text, "tie_word_embeddings": tied}
-    torch.manual_seed(0)
-    ours = PerceptionGPTForConditionalGeneration(PerceptionGPTConfig(**common, **ids, **sizes["signals"]))
-    cells = (vision["image_size"] // vision["patch_size"]) ** 2
-    llava = LlavaForConditionalGeneration(LlavaConfig(**common, image_token_index=first, image_seq_length=cells))
-    return tuple(model.eval().to(device, dtype) for model in (ours, llava))
+class Forced(LogitsProcessor):
+    """Makes each step's token the one that is asked for."""
 
+    def __init__(self, prompt_length: int, tokens: list[int]):
+        self.prompt_length, self.tokens = prompt_length, tokens
 
-def prompts(model, rows: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Questions of unlike words about one image, as the processor would make them."""
-    config, generator = model.config, torch.Generator().manual_seed(1)
-    image = torch.full((rows, config.image_seq_length), config.image_token_id)
-    words = torch.randint(5, 500, (rows, TEXT_TOKENS - 1), generator=generator)
-    side = config.vision_config.image_size
-    pixels = torch.randn(1, 3, side, side, generator=generator).expand(rows, -1, -1, -1)
-    ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), image, words], dim=1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype)}
-    return {name: value.to(device) for name, value in inputs.items()}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """The wall-clock time of one call, until the device is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """The median and its 95 % interval from order statistics, which assumes nothing about the distribution."""
-    ordered, count = sorted(values), len(values)
-    rank, below = 0, 0.5**count
-    while rank < count // 2 and below + math.comb(count, rank + 1) * 0.5**count <= 0.025:
-        rank += 1
-        below += math.comb(count, rank) * 0.5**count
-    return statistics.median(ordered), ordered[rank], ordered[count - 1 - rank]
-
-
-def compare(line: str, size: str, pairs: int, first: Callable[[], float], second: Callable[[], float]) -> None:
-    """Print the ratio of two times, measured in turns after one pair that is not counted."""
-    first(), second()
-    times = []
-    for index in range(pairs):
-        gc.collect()
-        if index % 2:
-            b, a = second(), first()
-        else:
-            a, b = first(), second()
-        times.append((a, b))
-    median, low, high = median_interval([a / b for a, b in times])
-    a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-    bar, verdict = BARS[line][size], ""
-    if bar is not None:
-        at_least = bar > 2
-        met = high >= bar if at_least else low <= bar
-        verdict = f"   bar {'>=' if at_least else '<='} {bar:g}: {'met' if met else 'NOT met'}"
-    print(
-        f"{line:44s} {median:7.3f} [{low:.3f}, {high:.3f}] of {pairs} pairs ({a:.2f} ms, {b:.2f} ms){verdict}",
-        flush=True,
-    )
-
-
-def print_floors(model, tokens: int, device: str, dtype: torch.dtype) -> None:
-    """Print the bounds that the machine sets, from its bandwidth and its matrix product as measured just now."""
-    block = torch.empty(2**26 if device != "cpu" else 2**25, device=device)
-    bandwidth = block.nbytes / min(seconds(lambda: block.sum()) for _ in range(5))
-    side = 1024 if device == "cpu" else 8192
-    square = torch.randn(side, side, device=device, dtype=dtype)
-    products = 2 * side**3 / min(seconds(lambda: square @ square) for _ in range(5))
-    text = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    head = model.lm_head.weight.numel()
-    tower = sum(p.numel() for p in model.model.vision_tower.parameters())
-    step = (text + head) * model.lm_head.weight.element_size() / bandwidth
-    prefill = 2 * (text * tokens + head + tower * model.config.image_seq_length) / products
-    print(
-        f"floors: decoding step {1e3 * step:.2f} ms at {bandwidth / 1e9:.1f} GB/s; prefill {1e3 * prefill:.2f} ms at "
-        f"{products / 1e9:.0f} GFLOP/s"
-    )
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.tokens[min(input_ids.shape[1] - self.prompt_length, len(self.tokens) - 1)]] = 1e4
+        return scores
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--pairs", type=int, help="default: 100 at the small size, 15 at 0.5B; bars above 3x need 3")
+    parser.add_argument("--pairs", type=int, help="default: 100 at the small size, 15 at 0.5B; bars above 3x: 5")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments = parser.parse_args()
     size, device, dtype = arguments.size, arguments.device, getattr(torch, arguments.dtype)
-    pairs = arguments.pairs or (100 if size == "small" else 15)
 
     ours, llava = build(size, device, dtype)
     inputs = prompts(ours, 1, device, dtype)
-    load = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    threads = torch.get_num_threads()
-    print(f"{size}, {device}, {arguments.dtype}, {threads} threads, load {load}, torch {torch.__version__}")
-    print_floors(ours, inputs["input_ids"].shape[1], device, dtype)
+    vis, end, length = ours.config.vis_token_id, ours.generation_config.eos_token_id, inputs["input_ids"].shape[1]
+    floors = Floors(ours, length, device, dtype)
+    print_machine(size, device, dtype, floors)
+    lines = Lines(BARS, size, arguments.pairs or (100 if size == "small" else 15))
+    lines.print_heads()
 
-    def generate(model, tokens: int) -> float:
+    def generate(model, tokens: int, given=inputs, **more) -> float:
+        fixed = {"min_new_tokens": tokens} if "logits_processor" not in more else {}
         return seconds(
             lambda: model.generate(
-                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True
+                **given, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, **fixed, **more
             )
         )
+
+    def forced(model, tokens: list[int], **more) -> float:
+        return generate(model, len(tokens), logits_processor=[Forced(length, tokens)], **more)
 
     def token(model) -> float:
         return (generate(model, STEPS + 1) - generate(model, 1)) / STEPS
@@ -182,19 +91,35 @@ def main() -> None:
     def prefill() -> float:
         return seconds(lambda: ours(**inputs, use_cache=True, logits_to_keep=1))
 
-    lines = iter(BARS)
-    compare(next(lines), size, pairs, lambda: token(ours), lambda: token(llava))
-    compare(next(lines), size, pairs, lambda: generate(ours, 1), lambda: generate(llava, 1))
-    # Without a `<vis>` nothing would be decoded: in the lines below the state that ends a prompt predicts one.
+    names = iter(BARS)
+    lines.compare(next(names), lambda: token(ours), lambda: token(llava), floors.step)
+    lines.compare(next(names), lambda: generate(ours, 1), lambda: generate(llava, 1), floors.prefill)
+    # Without a `<vis>` nothing would be decoded: in these two lines the state that ends a prompt predicts one.
     always = torch.zeros_like(ours.lm_head.weight)
-    state = ours(**inputs, logits_to_keep=1).last_hidden_state[0, -1]
-    always[ours.config.vis_token_id] = state
+    always[vis] = ours(**inputs, logits_to_keep=1).last_hidden_state[0, -1]
     head, ours.lm_head.weight = ours.lm_head.weight, torch.nn.Parameter(always)
-    found = ours.ground(**inputs)
-    assert bool(found.object_valid.all())
-    compare(next(lines), size, pairs, lambda: seconds(lambda: ours.ground(**inputs, signals=["box"])), prefill)
-    compare(next(lines), size, pairs, lambda: seconds(lambda: ours.ground(**inputs, signals=["box", "mask"])), prefill)
+    assert bool(ours.ground(**inputs).object_valid.all())
+    for signals in (["box"], ["box", "mask"]):
+
+        def ground(signals=signals) -> float:
+            return seconds(lambda: ours.ground(**inputs, signals=signals))
+
+        lines.compare(next(names), ground, prefill, floors.prefill)
     ours.lm_head.weight = head
+
+    # ---- what others write in place of `<vis>`, up to and with the end token ----
+    def beyond(run: Callable[[], float]) -> Callable[[], float]:
+        return lambda: max(run() - prefill(), 1e-6)
+
+    for name, tokens in DISCRETE.items():
+        signals = ["box"] if name.endswith("box") else ["box", "mask"]
+        written = [10 + index % 10 for index in range(tokens)] + [end]
+        lines.compare(
+            next(names),
+            beyond(lambda written=written: forced(llava, written)),
+            beyond(lambda signals=signals: forced(ours, [vis, end], signals=signals)),
+            tokens * floors.step,
+        )
 
     phrases = prompts(ours, PHRASES, device, dtype)
     singles = [{name: value[row : row + 1] for name, value in phrases.items()} for row in range(PHRASES)]
@@ -207,8 +132,40 @@ def main() -> None:
         for single in singles:
             ours.ground(**single)
 
-    few = max(3, pairs // 5)
-    compare(next(lines), size, few, lambda: seconds(one_by_one), lambda: seconds(on_a_prefix))
+    lines.compare(next(names), lambda: seconds(one_by_one), lambda: seconds(on_a_prefix), PHRASES * floors.prefill)
+
+    features = ours.get_image_features(inputs["pixel_values"], return_dict=True).mask_features
+
+    def masks(count: int) -> float:
+        states = torch.randn(count, ours.config.text_config.hidden_size, device=device, dtype=dtype)
+        index = torch.zeros(count, dtype=torch.long, device=device)
+        return seconds(lambda: ours.model.decode_signals(states, features, index, ["mask"]))
+
+    line = next(names)
+    if device != "cpu":
+        BARS[line][size] = "<= 4"
+    lines.compare(line, lambda: masks(MASKS), lambda: masks(1))
+
+    def step_of(written: int, signals: list[str]) -> float:
+        long, short = ([written] * count for count in (STEPS + 1, 1))
+        return (forced(ours, long, signals=signals) - forced(ours, short, signals=signals)) / STEPS
+
+    for signals in (["box"], ["box", "mask"]):
+
+        def further(written: int, signals=signals) -> float:
+            return step_of(written, signals)
+
+        lines.compare(next(names), lambda f=further: f(vis), lambda f=further: f(10), floors.step)
+
+    several = prompts(ours, BATCH, device, dtype)
+    alone = [{name: value[row : row + 1] for name, value in several.items()} for row in range(BATCH)]
+    for tokens in (SHORT, CAPTION):
+
+        def each(tokens=tokens) -> float:
+            return sum(generate(ours, tokens, one) for one in alone)
+
+        floor = BATCH * (floors.prefill + tokens * floors.step)
+        lines.compare(next(names), each, lambda tokens=tokens: generate(ours, tokens, several), floor)
 
 
 if __name__ == "__main__":
