@@ -285,7 +285,8 @@ def save_plain_model(trainer, recipe: dict, output: Path) -> None:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe["adapter"]["mode"] in PLAIN_MODES:
         trainer.save_model(str(output))
-        if model_dtype(recipe) != torch.float32 and trainer.is_world_process_zero():
+        rounds = model_dtype(recipe) != torch.float32
+        if (rounds or trainer.is_fsdp_enabled) and trainer.is_world_process_zero():
             round_saved_model(output, model_dtype(recipe))
         return
     trainer.save_model(str(output / "adapter"))
@@ -311,11 +312,14 @@ def save_plain_model(trainer, recipe: dict, output: Path) -> None:
 
 
 def round_saved_model(folder: Path, dtype: torch.dtype) -> None:
-    """Save a model again in another dtype; the modules that must be float32 stay so."""
+    """Save a model again in another dtype; the modules that must be float32 stay so.
+
+    Beside a model that was in pieces, the library saves the code of FSDP's class in place of the model's own.
+    """
     model = PerceptionGPTForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rounded = folder / "rounded"
     model.save_pretrained(rounded)
-    for old in folder.glob("model*.safetensors*"):
+    for old in (*folder.glob("model*.safetensors*"), *folder.glob("_fsdp_*.py")):
         old.unlink()
     for path in rounded.iterdir():
         path.replace(folder / path.name)
