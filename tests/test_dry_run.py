@@ -162,14 +162,14 @@ def test_what_is_shared_out_among_gpus():
 # ---- models without weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("origin", ["checkpoint", "backbones", "llava", "fresh text", "pyramid"])
+@pytest.mark.parametrize("origin", ["checkpoint", "backbones", "vlm", "fresh text", "pyramid"])
 def test_models_on_meta_have_the_parameters_of_real_ones(tiny_backbones, tiny_model_dir, tmp_path, origin):
     vision, text = tiny_backbones(vision="resnet" if origin == "pyramid" else "clip")
     fresh = {"vocab_size": 800, "hidden_size": 48, "num_layers": 2, "num_heads": 2}
     model = {
         "checkpoint": lambda: {"checkpoint": tiny_model_dir},
         "backbones": lambda: {"vision": vision, "text": text, "config": TINY_SIGNALS, "signals": ["box", "mask"]},
-        "llava": lambda: {"llava": save_tiny_llava(tmp_path, AutoTokenizer.from_pretrained(text).chat_template)},
+        "vlm": lambda: {"vlm": save_tiny_llava(tmp_path, AutoTokenizer.from_pretrained(text).chat_template)},
         "fresh text": lambda: {"vision": vision, "text": fresh, "config": TINY_SIGNALS},
         "pyramid": lambda: {"vision": vision, "text": text, "config": TINY_SIGNALS, "attn_implementation": "eager"},
     }[origin]()

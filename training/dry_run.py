@@ -45,7 +45,7 @@ def read_config(recipe: dict) -> tuple[PerceptionGPTConfig, PerceptionGPTProcess
             save_language_model(folder, **settings["text"])
             return read_config({**recipe, "model": {**settings, "text": folder}})
     else:
-        vision, text = (settings["llava"] or settings[name] for name in ("vision", "text"))
+        vision, text = (settings["vlm"] or settings[name] for name in ("vision", "text"))
         config = PerceptionGPTForConditionalGeneration.join_configs(vision, text, **settings["config"], **signals)
         processor = PerceptionGPTProcessor.from_backbones(vision, text, config)
     set_loss_weights(config, recipe["loss"])
