@@ -262,9 +262,8 @@ def fragments(data_dir, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("paper_7b", LLAMA_7B), pytest.param("paper_13b", LLAMA_13B, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text"), [("paper_7b", LLAMA_7B), ("paper_13b", LLAMA_13B)])
 def test_the_papers_recipes(fragments, tmp_path, monkeypatch, capsys, name, text):
     """Models of the paper's sizes from configs alone, and one batch of each of its data sets."""
     monkeypatch.chdir(fragments)

@@ -498,6 +498,14 @@ def test_finer_pictures_may_all_be_left_out(training):
 # ---- which signals a checkpoint has ----------------------------------------------------------------------------------
 
 
+def test_only_parts_that_are_there_are_kept_whole():
+    """accelerate looks for every name of `_no_split_modules` and stops at a missing one, as CLIP text layers."""
+    model = tiny_model()
+    names = set(model._no_split_modules)
+    assert {"CLIPEncoderLayer", "LlamaDecoderLayer", "BoxDecoder"} <= names
+    assert names <= {type(module).__name__ for module in model.modules()}
+
+
 @pytest.fixture(scope="module")
 def first_folder(tmp_path_factory) -> str:
     """A checkpoint of before there were points, whose config does not list its signals."""
