@@ -64,7 +64,7 @@ def prompts(model, rows: int, device: str, dtype: torch.dtype, tokens: int = TEX
     config, generator = model.config, torch.Generator().manual_seed(1)
     image = torch.full((rows, config.image_seq_length), config.image_token_id)
     words = torch.randint(5, 500, (rows, tokens - 1), generator=generator)
-    side = config.vision_config.image_size
+    side = config.image_size
     pixels = torch.randn(1, 3, side, side, generator=generator).expand(rows, -1, -1, -1)
     ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), image, words], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype)}

@@ -183,12 +183,10 @@ def describe_decoding(options: argparse.Namespace) -> str:
 
 def model_resolution(config) -> dict:
     """The sides, in pixels, of what the model reads and of the masks that it writes."""
-    size = config.vision_config.image_size
-    return {
-        "model reads": size,
-        "masks from": config.mask_image_size or size,
-        "mask logits": config.mask_config.size,
-    }
+    found = {"model reads": config.image_size}
+    if "mask" in config.signals:
+        found |= {"masks from": config.mask_image_size or config.image_size, "mask logits": config.mask_config.size}
+    return found
 
 
 def list_samples(options: argparse.Namespace) -> None:

@@ -38,6 +38,13 @@ SCENE_TASKS = (
 ).split()
 
 
+def test_the_resolution_is_the_models_own_and_not_the_towers(make_tiny_model):
+    model, _ = make_tiny_model("llama", "resnet", image_size=96, signals=["box"])
+    assert evaluation_run.model_resolution(model.config) == {"model reads": 96}
+    model, _ = make_tiny_model("llama", "resnet", image_size=96, signals=["box", "mask"])
+    assert evaluation_run.model_resolution(model.config)["masks from"] == 96
+
+
 @pytest.fixture(scope="session")
 def eager_model_dir(make_tiny_model, tmp_path_factory) -> str:
     """A random model that mostly answers with one `<vis>`, as a trained one would; where it is differs by question."""
