@@ -240,6 +240,14 @@ def peft_names_its_parameters() -> bool:
 
 GENERATION, PROCESSOR = transformers.GenerationMixin, transformers.ProcessorMixin
 MODEL, TRAINER = transformers.PreTrainedModel, transformers.Trainer
+
+
+def views_share_a_storage() -> bool:
+    whole, other = torch.empty(4, device="meta"), torch.empty(4, device="meta")
+    ids = [tensor.untyped_storage()._cdata for tensor in (whole, whole[1:], other)]
+    return ids[0] == ids[1] != ids[2]
+
+
 CANARIES = [
     Canary(
         transformers.PreTrainedConfig,
@@ -351,6 +359,7 @@ CANARIES = [
         output_capturing, "maybe_install_capturing_hooks", "torch.compile(model, fullgraph=True)", hooks_are_installed
     ),
     Canary(None, "scalar_embed_scale", "signals of Gemma models start too short", gemma_scales),
+    Canary(torch.UntypedStorage, "_cdata", "train.py --dry_run counts views twice", views_share_a_storage),
     Canary(None, "DUMMY_TARGET_MODULES", "adapter.mode=heads", has_no_lora_layers),
     Canary(None, "trainable_tokens_", "the table of trainable parameters counts twice", peft_names_its_parameters),
 ]
@@ -375,7 +384,7 @@ def private_names(tree: ast.Module) -> tuple[set[str], set[str]]:
     """The private names that a file defines, and those that it uses."""
     defined, used = set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             defined.add(node.id)
