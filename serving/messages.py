@@ -119,7 +119,7 @@ def read_options(given: dict, limits: Limits) -> dict:
     """Keywords of `inference.answer` from the keys of a request."""
     asked = given.get("max_completion_tokens", given.get("max_tokens"))
     tokens = limits.new_tokens if asked is None else asked
-    if not _is_number(tokens) or int(tokens) != tokens or not 1 <= tokens <= limits.new_tokens:
+    if not _is_number(tokens) or not 1 <= tokens <= limits.new_tokens or int(tokens) != tokens:
         raise RequestError(f"max_tokens is {asked!r}; expected 1 to {limits.new_tokens}", param="max_tokens")
     options = {"max_new_tokens": int(tokens), "mask_format": "rle" if _flag(given, "masks", True) else None}
     options["threshold"] = _number(given, "threshold", 0.0, 0.0, 1.0)

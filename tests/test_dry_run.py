@@ -186,6 +186,11 @@ def test_models_on_meta_have_the_parameters_of_real_ones(tiny_backbones, tiny_mo
 # ---- the paper's recipes ---------------------------------------------------------------------------------------------
 
 
+def test_a_model_that_looks_again_is_refused(tiny_model_dir):
+    with pytest.raises(ValueError, match="does not count what looks cost"):
+        read_config(recipe_of({"checkpoint": tiny_model_dir, "looks": {"look_max": 1}}))
+
+
 def save_backbones(root: Path, text: dict) -> tuple[str, str]:
     """Folders with the configs, and no weights, of CLIP ViT-L/14 at 336 pixels and of a Llama; and a tokenizer."""
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -29,7 +29,7 @@ from perceptiongpt.data.schema import decode_rle
 from perceptiongpt.signals_perceptiongpt import SIGNALS
 from perceptiongpt.training.adapters import own_modules, parameter_table
 from perceptiongpt.training.answers import mean_scores, score_answer
-from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe
+from perceptiongpt.training.recipe import LORA_TARGETS, complete_recipe, stage_recipes
 from perceptiongpt.training.trainer import TRAINING_DEFAULTS, PerceptionTrainer
 from processes import free_port, run_two_processes
 
@@ -671,6 +671,10 @@ def test_shipped_recipes_are_complete():
         assert f"coco_{recipe['adapter']['mode']}.yaml" == path.name
     recipe = training.read_recipe(folder / "align.yaml", ["model.vlm=a", "data.train.root=b"])
     assert recipe["adapter"]["mode"] == "projector"
+    for name in ("paper_7b.yaml", "paper_13b.yaml"):
+        assert training.read_recipe(folder / name)["training"]["learning_rate"] == 3e-4
+    for name, kinds in (("root.yaml", ["dense", "joint", "joint"]), ("warm_up.yaml", ["dense", "joint"])):
+        assert [kind for _, kind, _ in stage_recipes(training.read_recipe(folder / name))] == kinds
     recipe = training.read_recipe(folder / "scenes.yaml", ["model.checkpoint=a"])
     assert [part["source"] for part in recipe["data"]["train"]["mixture"]] == ["scenes"]
     mixture = "data.train.mixture=[{source: scenes, split: test, seed: 1000000}]"

@@ -34,7 +34,11 @@ GIB = 2**30
 
 
 def read_config(recipe: dict) -> tuple[PerceptionGPTConfig, PerceptionGPTProcessor]:
-    """The config of a recipe's model, and its processor; see `adapters.load_model`."""
+    """The config of a recipe's model, and its processor; see `adapters.load_model`.
+
+    Raises:
+        ValueError: the model looks again, which the estimate of memory does not know of.
+    """
     settings = recipe["model"]
     signals = {} if settings["signals"] is None else {"signals": settings["signals"]}
     if settings["checkpoint"] is not None:
@@ -48,6 +52,10 @@ def read_config(recipe: dict) -> tuple[PerceptionGPTConfig, PerceptionGPTProcess
         vision, text = (settings["vlm"] or settings[name] for name in ("vision", "text"))
         config = PerceptionGPTForConditionalGeneration.join_configs(vision, text, **settings["config"], **signals)
         processor = PerceptionGPTProcessor.from_backbones(vision, text, config)
+    if settings["looks"] or config.look_max:
+        raise ValueError(
+            "--dry_run does not count what looks cost; leave model.looks out, or take another model"
+        )
     set_loss_weights(config, recipe["loss"])
     return config, processor
 

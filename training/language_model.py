@@ -85,9 +85,10 @@ def train_tokenizer(files: Iterable[str | Path] = (), vocab_size: int = 2048) ->
     words = [" ".join(["", *[word] * count]) for word in whole_words()]
     words += ["\n".join([role] * count) for role in ROLES]
     bpe.train_from_iterator([*words, *texts], trainer)
-    split = [word for word in whole_words() if len(bpe.encode(f" {word}").ids) != 1]
+    whole = [*(f" {word}" for word in whole_words()), *ROLES]
+    split = [word for word in whole if len(bpe.encode(word).ids) != 1]
     if split:
-        raise ValueError(f"vocab_size {vocab_size} has no room for the words of scenes, such as {split[0]!r}")
+        raise ValueError(f"vocab_size {vocab_size} has no room for the words of scenes and roles, such as {split[0]!r}")
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
