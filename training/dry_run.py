@@ -53,9 +53,7 @@ def read_config(recipe: dict) -> tuple[PerceptionGPTConfig, PerceptionGPTProcess
         config = PerceptionGPTForConditionalGeneration.join_configs(vision, text, **settings["config"], **signals)
         processor = PerceptionGPTProcessor.from_backbones(vision, text, config)
     if settings["looks"] or config.look_max:
-        raise ValueError(
-            "--dry_run does not count what looks cost; leave model.looks out, or take another model"
-        )
+        raise ValueError("--dry_run does not count what looks cost; leave model.looks out, or take another model")
     set_loss_weights(config, recipe["loss"])
     return config, processor
 
