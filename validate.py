@@ -35,7 +35,7 @@ from perceptiongpt.evaluation import reporting
 from perceptiongpt.evaluation.benchmarks import read_benchmarks
 from perceptiongpt.evaluation.comparison import compare
 from perceptiongpt.evaluation.run import list_samples, validate
-from perceptiongpt.inference import InputError
+from perceptiongpt.inference import InputError, hide_progress_bars_in_logs
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,6 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     words = sys.argv[1:] if arguments is None else arguments
+    hide_progress_bars_in_logs()
     try:
         if options.list:
             for name, benchmark in read_benchmarks().items():
