@@ -370,7 +370,10 @@ def test_a_fresh_language_model_finds_the_cell_that_words_name(tmp_path):
         cells[:, 0], cells[:, 1] = -MARK, 0.0
         with torch.no_grad():
             outputs = model(inputs_embeds=torch.cat([before, cells, after])[None], output_attentions=True)
-        paid = outputs.attentions[1][0, :, -1, len(before) : -len(after)].mean(0)
+        gathered, cell = outputs.attentions[0][0], slice(len(before), len(before) + 16)
+        assert gathered[:, -1, cell].sum(-1).max() < 0.05  # the end of the question has its words, and no cells
+        assert gathered[:, cell, 0].min() > 0.95  # cells look at the role's name, and stay what they are
+        paid = outputs.attentions[1][0, :, -1, cell].mean(0)
         num_found += int(paid.argmax()) == index % 16
     assert num_found >= 9
 
